@@ -1,0 +1,264 @@
+"""START HERE. The public functions: their contract, their checks, and the call into the rule.
+
+batch_norm -> _vjp.batch_norm -> _stages     normalizes with the statistics of the batch
+normalize  -> _stages.normalize              normalizes with given statistics (evaluation)
+"""
+
+from collections.abc import Sequence
+from functools import partial
+import math
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_bn import _shapes, _stages, _vjp
+from jax_bn._statistics import BatchStats
+
+
+def batch_norm(
+    x: jax.Array,
+    scale: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    *,
+    axis: int | Sequence[int] = -1,
+    epsilon: float = 1e-5,
+    mask: jax.Array | None = None,
+    axis_name: str | Sequence[str] | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+    dtype: jax.typing.DTypeLike | None = None,
+) -> tuple[jax.Array, BatchStats]:
+    """Normalizes each feature of x with its statistics over the batch; backward in closed form.
+
+    For one feature, whose N examples are all entries of x with the same index on the feature axes::
+
+        mean = sum(x)/N      var = sum(|x - mean|^2)/N      rstd = 1/sqrt(var + epsilon)
+        x_hat = (x - mean)*rstd                             y = scale*x_hat + bias
+
+        dbias = sum(dy)      dscale = sum(dy*x_hat)
+        dx = (scale*rstd/N) * (N*dy - dbias - x_hat*dscale)
+             + dmean/N + 2*dvar*(x - mean)/N          where the loss uses the statistics themselves
+
+    Args:
+        x: of rank 1 or more; any float or complex dtype. Integers are taken as float32.
+        scale, bias: shape of the feature axes of x, in ascending order; any dtype. None leaves the
+            step out.
+        axis: the feature axis or axes; all others are reduced.
+        epsilon: added to the variance; at least 0, in the units of x squared.
+        mask: which examples are valid: bool or integers 0 and 1, broadcasting to the batch axes of
+            x (x without its feature axes) or to x. Statistics and gradients are those of the valid
+            examples alone. y is computed everywhere, but carries no gradient where masked, and what
+            x holds there, NaN too, reaches nothing else. None: all are valid.
+        axis_name: of one or several mapped axes (`shard_map`, `vmap`, `pmap`) over which the batch
+            is spread: N counts the valid examples along them all.
+        axis_index_groups: groups of indices along `axis_name` that share statistics, as in
+            `jax.lax.psum`; not under `vmap`, nor under `shard_map` with `check_vma=True`.
+        dtype: of y; None for x's own.
+
+    Returns:
+        `(y, stats)`: y has the shape of x; `stats` is a `BatchStats` with the shape of the feature
+        axes.
+
+    Raises:
+        ValueError: an axis out of range or repeated, a scale or bias of the wrong shape, no example
+            to reduce, a negative epsilon, a `dtype` that is not inexact or would drop the imaginary
+            part of y, a mask that does not broadcast, an `axis_name` that is not bound, groups
+            without an `axis_name`.
+        TypeError: a bool x, an axis that is no integer, a mask of floats.
+        NotImplementedError: `axis_index_groups` where JAX has none.
+
+    One example a feature (N = 1) is legal and teaches nothing: x_hat = 0, so y = bias and dx = 0.
+
+    Precision: all arithmetic is in T, the widest of float32 and the dtypes of x, scale, bias and
+    `dtype`. The variance takes one sweep over x, shifted by the median k of three examples; its
+    relative error is at most c*eps(T)*(1 + (k - mean)^2/var), with c the growth of a sum of N terms
+    (about sqrt(N) at worst, a few units where XLA sums in blocks). The shift is a few std from the
+    mean, wherever the mean is: unlike E[x^2] - E[x]^2, whose error grows with (mean/std)^2. y and
+    dx then err by eps(T)*|mean|/std, the rounding of the mean itself, beyond a few ulps.
+
+    Differentiable in x, scale and bias, in y and in the statistics: reverse mode to any order,
+    exact. Kept between forward and backward: x, and six numbers a feature. Forward mode (`jax.jvp`)
+    of the first derivative is not available, as for every `jax.custom_vjp`; forward over reverse
+    (`jax.hessian`) is.
+
+    A feature with no valid example has count 0, mean 0, var 0, y = bias and no gradient.
+
+    Sharding: under `jit` with sharded arguments the compiler partitions it, and the statistics are
+    those of the whole batch. Where the batch axis is mapped by hand, `axis_name` says so: two
+    all-reduces of a few numbers a feature forward (the second needs the mean that the first gives,
+    so that no device's mean can cancel another's), one backward. Gradients are in every mode what
+    JAX gives for the definition written with `lax.psum`: under `pmap` and
+    `shard_map(check_vma=False)` dscale and dbias are each device's own share, to be summed by the
+    caller as ever; under `check_vma=True` they are summed already where scale and bias are shared.
+
+    Source: "Deriving Batch-Norm Backprop Equations"; Ioffe and Szegedy 2015 for the layer; Chan,
+    Golub and LeVeque 1983 for the variance.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> import jax_bn
+        >>> x = jnp.array([[1.0, 10.0], [3.0, 50.0]])
+        >>> y, stats = jax_bn.batch_norm(x, scale=jnp.ones(2), bias=jnp.zeros(2), epsilon=0.0)
+        >>> y.tolist(), stats.mean.tolist(), stats.var.tolist()
+        ([[-1.0, -1.0], [1.0, 1.0]], [2.0, 30.0], [1.0, 400.0])
+        >>> dx = jax.grad(lambda x: jax_bn.batch_norm(x)[0][0, 0])(x)
+        >>> bool(jnp.abs(dx.sum()) < 1e-6)  # orthogonal to constants
+        True
+    """
+    x = _inexact("x", x)
+    features = _features(axis, x)
+    reduced = _shapes.reduced_axes(features, x.ndim)
+    examples = _shapes.size(x.shape, reduced)
+    if examples == 0:
+        raise ValueError(
+            f"x has shape {x.shape}: no examples to take statistics of along the reduced axes "
+            f"{reduced}; expected at least one"
+        )
+    _check_epsilon(epsilon)
+    y_dtype = _y_dtype(dtype, x)
+    scale, bias = (
+        None if v is None else _shapes.per_feature(name, _inexact(name, v), x.shape, features)
+        for name, v in (("scale", scale), ("bias", bias))
+    )
+    if mask is not None:
+        mask = _shapes.aligned_mask(jnp.asarray(mask), x.shape, features)
+    stat_dtype = _arithmetic_dtype(y_dtype, x, scale, bias)
+    x, scale, bias = _in_arithmetic(stat_dtype, x, scale, bias)
+    spec = _vjp.Spec(reduced, stat_dtype, y_dtype, *_devices(axis_name, axis_index_groups))
+    y, count, mean, var = _vjp.batch_norm(spec, x, mask, scale, bias, epsilon)
+    shape = tuple(x.shape[a] for a in features)
+    if mask is None:  # known while tracing, and kept so: `update_running_stats` can refuse 1
+        count = np.full(shape, examples * spec.devices, count.dtype)
+    else:
+        count = jnp.broadcast_to(jnp.squeeze(count, reduced), shape)
+    stats = BatchStats(jnp.squeeze(mean, reduced), jnp.squeeze(var, reduced), count)
+    return y, stats
+
+
+def normalize(
+    x: jax.Array,
+    mean: jax.Array,
+    var: jax.Array,
+    scale: jax.Array | None = None,
+    bias: jax.Array | None = None,
+    *,
+    axis: int | Sequence[int] = -1,
+    epsilon: float = 1e-5,
+    dtype: jax.typing.DTypeLike | None = None,
+) -> jax.Array:
+    """Normalizes x with given statistics: batch normalization in evaluation.
+
+    y = scale * (x - mean)/sqrt(var + epsilon) + bias
+
+    Args:
+        x, scale, bias, axis, epsilon, dtype: as in `batch_norm`. x may hold no examples.
+        mean, var: shape of the feature axes; usually the running averages. var is real.
+
+    Returns:
+        y, of x's shape, in `dtype` or x's own.
+
+    Raises:
+        ValueError, TypeError: as `batch_norm`, and for a `mean` or `var` of the wrong shape.
+
+    Precision: computed in the widest of float32 and the dtypes of all arguments; a few ulps, and
+    eps*|mean|/std for the rounding of the mean.
+
+    Differentiable in every array, to any order, in forward and reverse mode. Kept for the backward
+    pass: x itself and the per-feature arrays; the rest is computed again.
+
+    Elementwise, so it shards as x does, without communication.
+
+    Source: Ioffe and Szegedy 2015.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import jax_bn
+        >>> jax_bn.normalize(jnp.array([[5.0]]), jnp.array([1.0]), jnp.array([4.0]), epsilon=0.0).item()
+        2.0
+    """
+    x = _inexact("x", x)
+    features = _features(axis, x)
+    _check_epsilon(epsilon)
+    y_dtype = _y_dtype(dtype, x)
+    mean, var, scale, bias = (
+        None if v is None else _shapes.per_feature(name, _inexact(name, v), x.shape, features)
+        for name, v in (("mean", mean), ("var", var), ("scale", scale), ("bias", bias))
+    )
+    if mean is None or var is None:
+        raise TypeError("normalize needs both mean and var; batch_norm computes them from x")
+    if jnp.iscomplexobj(var):
+        raise TypeError(f"var has dtype {var.dtype}; a variance is real: pass var.real")
+    wide = _arithmetic_dtype(y_dtype, x, mean, var, scale, bias)
+    x, mean, scale, bias = _in_arithmetic(wide, x, mean, scale, bias)
+    rstd = lax.rsqrt(var.astype(jnp.finfo(wide).dtype) + epsilon)
+    # checkpoint: keep x for the backward pass, not x - mean in a wider dtype.
+    stage = jax.checkpoint(partial(_stages.normalize, dtype=y_dtype))
+    return stage(x, mean.astype(wide), rstd, scale, bias)
+
+
+def _inexact(name: str, v) -> jax.Array:
+    """`v` as a float or complex array; integers as float32, as in Flax."""
+    v = jnp.asarray(v)
+    if jnp.issubdtype(v.dtype, jnp.inexact):
+        return v
+    if jnp.issubdtype(v.dtype, jnp.integer):
+        return v.astype(jnp.float32)
+    raise TypeError(f"{name} has dtype {v.dtype}; expected a float, complex or integer dtype")
+
+
+def _features(axis: int | Sequence[int], x: jax.Array) -> tuple[int, ...]:
+    if x.ndim == 0:
+        raise ValueError("x is a scalar; expected rank 1 or more, with a feature axis")
+    return _shapes.feature_axes(axis, x.ndim)
+
+
+def _devices(axis_name, groups) -> tuple[tuple[str, ...], tuple[tuple[int, ...], ...] | None, int]:
+    """axis_name and groups in static form, and how many devices share one mean."""
+    if axis_name is None:
+        if groups is not None:
+            raise ValueError("axis_index_groups needs axis_name, the mapped axis that it divides")
+        return (), None, 1
+    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    groups = None if groups is None else tuple(tuple(g) for g in groups)
+    try:
+        return names, groups, lax.psum(1, names, axis_index_groups=groups)
+    except NameError as e:
+        raise ValueError(
+            f"axis_name={axis_name!r} is not bound here; expected the name of an axis of an "
+            "enclosing shard_map, vmap or pmap. Under plain jit leave axis_name out: the compiler "
+            "takes the statistics over the whole batch, however it is sharded"
+        ) from e
+
+
+def _check_epsilon(epsilon) -> None:
+    if isinstance(epsilon, jax.core.Tracer):
+        return  # known only when the program runs
+    if not (float(epsilon) >= 0 and math.isfinite(epsilon)):
+        raise ValueError(f"epsilon={epsilon}; expected a finite number >= 0")
+
+
+def _y_dtype(dtype, x: jax.Array) -> jnp.dtype:
+    y_dtype = x.dtype if dtype is None else jnp.dtype(dtype)
+    if not jnp.issubdtype(y_dtype, jnp.inexact):
+        raise ValueError(f"dtype={y_dtype} is not inexact; expected a float or complex dtype for y")
+    return jax.dtypes.canonicalize_dtype(y_dtype)
+
+
+def _arithmetic_dtype(y_dtype, *arrays: jax.Array | None) -> jnp.dtype:
+    """T, in which everything is computed: the widest of float32 and all dtypes involved."""
+    dtypes = [v.dtype for v in arrays if v is not None]
+    with jax.numpy_dtype_promotion("standard"):  # asked for by name, so not implicit
+        wide = jnp.result_type(jnp.float32, y_dtype, *dtypes)
+    if jnp.issubdtype(wide, jnp.complexfloating) and not jnp.issubdtype(
+        y_dtype, jnp.complexfloating
+    ):
+        raise ValueError(f"y is complex, but would have dtype {y_dtype}: pass dtype={wide}")
+    return wide
+
+
+def _in_arithmetic(wide, x, *per_feature):
+    """Per-feature arrays in T. x stays as narrow as it came, since it is kept for the backward."""
+    complexify = jnp.issubdtype(wide, jnp.complexfloating) and not jnp.iscomplexobj(x)
+    cast = (None if v is None else v.astype(wide) for v in per_feature)
+    return (x.astype(wide) if complexify else x), *cast

@@ -1,0 +1,145 @@
+"""The four stages of batch normalization in jnp: all the arithmetic over whole arrays there is.
+
+    forward    moments(x)       --merge over devices-->   normalize(x, mean, rstd, scale, bias)
+    backward   grad_sums(dy, x) ---sum over devices--->   grad_input(dy, x, ..., dbias, dscale)
+
+`Stages` is what a backend has to provide. The versions here are at once the default backend, the
+definition of what every other one must compute, and the oracle it is tested against. A stage works
+on the examples it is given: it knows nothing of automatic differentiation and nothing of devices.
+
+Shapes, in every signature: x, dy and y are [N, C] and stand for any rank; per-feature arrays are
+[1, C] (see `_shapes`); the mask is None, or bool and broadcasts to x. N is the number of examples,
+count how many of them are valid. Per-feature arrays have dtype T, float32 or wider, and so has the
+arithmetic. For complex x T is complex, count and m2 are real; for real x `conj`, `real` and the
+casts between the two do nothing.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from jax_bn import _shapes
+
+Axes = tuple[int, ...]
+
+
+class Stages(NamedTuple):
+    """A backend: four pure functions with the signatures of those below."""
+
+    moments: Callable
+    normalize: Callable
+    grad_sums: Callable
+    grad_input: Callable
+
+
+def moments(x, mask, *, axes: Axes, dtype):
+    """count, mean and m2 = sum |x - mean|^2 of each feature. :: [N, C] -> [1, C] three times
+
+    One sweep: sums of d = x - shift and of |d|^2, with a shift close to the mean, so that the
+    difference in m2 cancels next to nothing (Chan, Golub, LeVeque 1983):
+
+        mean = shift + sum(d)/count        m2 = sum |d|^2 - |sum(d)|^2/count
+    """
+    x = x.astype(dtype)
+    count = _count(x, mask, axes)
+    n = jnp.maximum(count, 1)
+    shift = _shift(x, mask, n, axes)
+    d = _select(mask, x - shift)
+    s = _sum(d, axes)
+    mean = shift + s / n.astype(dtype)
+    m2 = _sum(_abs2(d), axes) - _abs2(s) / n
+    return count, mean, jnp.maximum(m2, 0)
+
+
+def normalize(x, mean, rstd, scale, bias, *, dtype):
+    """y = (x - mean) * (rstd * scale) + bias. :: [N, C] -> [N, C] in dtype
+
+    Centred before it is scaled: folding the mean into the bias would lose log10(|mean|/std) digits.
+    """
+    y = (x.astype(mean.dtype) - mean) * _times(rstd, scale)
+    return (y if bias is None else y + bias).astype(dtype)
+
+
+def grad_sums(dy, x, mask, mean, rstd, *, axes: Axes):
+    """dbias = sum(dy), dscale = sum(dy * x_hat) over these examples. :: [N, C] -> [1, C] twice"""
+    dy = _select(mask, dy.astype(mean.dtype))
+    centred = _select(mask, x.astype(mean.dtype) - mean)
+    return _sum(dy, axes), rstd * _sum(dy * centred, axes)
+
+
+def grad_input(dy, x, mask, mean, rstd, scale, dbias, dscale, count):
+    """dx of the final equation, from the sums over all examples. :: [N, C] -> [N, C] in x's dtype
+
+    dx = (scale*rstd/count) * (count*dy - dbias - x_hat*dscale)
+    """
+    dtype = mean.dtype
+    dy, centred = dy.astype(dtype), x.astype(dtype) - mean
+    n = jnp.maximum(count, 1).astype(dtype)
+    slope = rstd * rstd * jnp.real(_times(dscale, scale)).astype(dtype) / n
+    dx = _times(rstd, scale) * (dy - dbias / n) - slope * jnp.conj(centred)
+    return _select(mask, dx).astype(x.dtype)
+
+
+XLA = Stages(moments, normalize, grad_sums, grad_input)
+
+
+def _shift(x, mask, n, axes: Axes):
+    """A number near each feature's mean; any will do, the closer the fewer digits `moments` loses.
+
+    The median of three examples, so that no single outlier sets it: it costs no sweep. Where the
+    examples cannot be picked (some may be masked; the batch axis is sharded over an explicit mesh;
+    complex numbers have no order) it is the mean itself, for one more sweep.
+    """
+    pickable = mask is None and not jnp.iscomplexobj(x) and not _sharded(x, axes)
+    if not pickable:
+        return _sum(_select(mask, x), axes) / n.astype(x.dtype)
+    if not axes:
+        return x
+    start = [n // 2 if a in axes else 0 for a, n in enumerate(x.shape)]
+    stop = [start[a] + 1 if a in axes else n for a, n in enumerate(x.shape)]
+    batch = axes[0]
+    start[batch], stop[batch] = 0, min(3, x.shape[batch])
+    rows = [
+        lax.slice_in_dim(lax.slice(x, start, stop), i, i + 1, axis=batch)
+        for i in range(stop[batch])
+    ]
+    if len(rows) < 3:
+        return rows[0]
+    a, b, c = rows
+    return jnp.maximum(jnp.minimum(a, b), jnp.minimum(jnp.maximum(a, b), c))
+
+
+def _sharded(x, axes: Axes) -> bool:
+    """Whether x's type says that a reduced axis is split over devices (explicit mesh axes)."""
+    spec = jax.typeof(x).sharding.spec
+    return any(spec[a] is not None for a in axes)
+
+
+def _count(x, mask, axes: Axes):
+    """How many examples of each feature are valid, as a real array that broadcasts with [1, C]."""
+    n = _shapes.size(x.shape, axes)
+    real = jnp.finfo(x.dtype).dtype
+    if mask is None:
+        return jnp.full((1,) * x.ndim, n, real)
+    per_entry = n // _shapes.size(mask.shape, axes)  # how many examples one mask entry stands for
+    return _sum(mask.astype(real), axes) * per_entry
+
+
+def _select(mask, v):
+    """v where it is valid, else 0; by selection, since a NaN survives multiplication by 0."""
+    return v if mask is None else jnp.where(mask, v, 0)
+
+
+def _sum(v, axes: Axes):
+    return jnp.sum(v, axes, keepdims=True)
+
+
+def _abs2(v):
+    return jnp.real(v * jnp.conj(v))
+
+
+def _times(v, scale):
+    return v if scale is None else v * scale

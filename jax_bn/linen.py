@@ -1,0 +1,126 @@
+"""The Flax Linen layer: fields, variables, one call. The arithmetic is in `batch_norm`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from flax import linen as nn
+from flax.linen import dtypes
+import jax
+import jax.numpy as jnp
+
+from jax_bn import _shapes
+from jax_bn._batch_norm import batch_norm, normalize
+from jax_bn._statistics import update_running_stats
+
+
+class BatchNorm(nn.Module):
+    """`flax.linen.BatchNorm` with the closed-form backward pass: change the import, keep the rest.
+
+    y = scale * (x - mean)/sqrt(var + epsilon) + bias, with the batch's mean and variance in
+    training and their running averages in evaluation; see `jax_bn.batch_norm` for precision,
+    gradients and sharding, `jax_bn.update_running_stats` for the averages. Fields, variables,
+    dtypes and errors are Flax's, and so are checkpoints.
+
+    What differs: the variance is stable whatever `use_fast_variance` says; statistics are in
+    float32 at least even with `force_float32_reductions=False`, which then only sets the dtype of
+    the variables; a mask and unequal devices are weighed by count, a feature that a mask hides
+    wholly leaves its running averages as they are, and masked positions carry no gradient.
+
+    Attributes:
+        use_running_average: evaluation if True; here or in the call, not both.
+        axis: feature axis or axes.
+        momentum: weight of the old running average.
+        epsilon: added to the variance.
+        dtype: of y; None for the widest of x, scale and bias.
+        param_dtype: of scale and bias.
+        use_bias, use_scale: whether there is a bias, a scale.
+        bias_init, scale_init: their initializers.
+        axis_name, axis_index_groups: mapped axes to take statistics over; ignored while
+            initializing, when they need not exist.
+        use_fast_variance: accepted for Flax's sake; both values give the same stable variance.
+        force_float32_reductions: dtype of the running averages: float32, or `param_dtype` if False.
+
+    Variables: collection `batch_stats` with `mean` and `var`, params `scale` and `bias`, each of
+    the shape of the feature axes.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from jax_bn.linen import BatchNorm
+        >>> layer, x = BatchNorm(momentum=0.9), jnp.array([[1.0], [3.0]])
+        >>> variables = layer.init(jax.random.key(0), x, use_running_average=False)
+        >>> y, updated = layer.apply(variables, x, use_running_average=False, mutable="batch_stats")
+        >>> [round(v, 3) for v in y[:, 0].tolist()], updated["batch_stats"]["mean"].round(3).tolist()
+        ([-1.0, 1.0], [0.2])
+    """
+
+    use_running_average: bool | None = None
+    axis: int | Sequence[int] = -1
+    momentum: float = 0.99
+    epsilon: float = 1e-5
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: nn.initializers.Initializer = nn.initializers.zeros
+    scale_init: nn.initializers.Initializer = nn.initializers.ones
+    axis_name: str | Sequence[str] | None = None
+    axis_index_groups: Any = None
+    use_fast_variance: bool = True
+    force_float32_reductions: bool = True
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+    ) -> jax.Array:
+        """Normalizes x; in training also updates the running averages.
+
+        Args:
+            x: any rank from 1 up.
+            use_running_average: as the field; given in exactly one of the two places.
+            mask: which examples count; 0/1 of any dtype; see `jax_bn.batch_norm`.
+
+        Returns:
+            y, of x's shape.
+        """
+        use_running_average = nn.merge_param(
+            "use_running_average", self.use_running_average, use_running_average
+        )
+        x = jnp.asarray(x)
+        shape = tuple(x.shape[a] for a in _shapes.feature_axes(self.axis, x.ndim))
+        stat_dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
+        mean = self.variable("batch_stats", "mean", jnp.zeros, shape, stat_dtype)
+        var = self.variable("batch_stats", "var", jnp.ones, shape, stat_dtype)
+        scale = (
+            self.param("scale", self.scale_init, shape, self.param_dtype)
+            if self.use_scale
+            else None
+        )
+        bias = (
+            self.param("bias", self.bias_init, shape, self.param_dtype) if self.use_bias else None
+        )
+        common: dict[str, Any] = dict(
+            axis=self.axis,
+            epsilon=self.epsilon,
+            dtype=dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype),
+        )
+        if use_running_average:
+            return normalize(x, mean.value, var.value, scale, bias, **common)
+        initializing = self.is_initializing()
+        y, stats = batch_norm(
+            x,
+            scale,
+            bias,
+            mask=None if mask is None else jnp.asarray(mask).astype(bool),
+            axis_name=None if initializing else self.axis_name,
+            axis_index_groups=None if initializing else self.axis_index_groups,
+            **common,
+        )
+        if not initializing:
+            mean.value, var.value = update_running_stats(
+                mean.value, var.value, stats, momentum=self.momentum
+            )
+        return y

@@ -1,0 +1,170 @@
+"""The Flax NNX layer: attributes, variables, one call. The arithmetic is in `batch_norm`."""
+
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+from flax import nnx
+from flax.nnx.nn import dtypes
+import jax
+import jax.numpy as jnp
+
+from jax_bn._batch_norm import batch_norm, normalize
+from jax_bn._shapes import feature_axes
+from jax_bn._statistics import update_running_stats
+
+
+class BatchNorm(nnx.Module):
+    """`flax.nnx.BatchNorm` with the closed-form backward pass: change the import, keep the rest.
+
+    y = scale * (x - mean)/sqrt(var + epsilon) + bias, with the batch's mean and variance in
+    training and their running averages in evaluation; see `jax_bn.batch_norm` for precision,
+    gradients and sharding, `jax_bn.update_running_stats` for the averages. Attributes, variables,
+    dtypes and errors are Flax's, and so are checkpoints.
+
+    What differs: the variance is stable whatever `use_fast_variance` says; statistics stay in
+    float32 with `dtype=bfloat16`, in evaluation too; an integer mask is accepted; a mask and unequal
+    devices are weighed by count, a feature that a mask hides wholly leaves its running averages as
+    they are, and masked positions carry no gradient.
+
+    Args:
+        num_features: length of the feature axis.
+        use_running_average: evaluation if True; the value in the call wins.
+        axis: feature axis.
+        momentum: weight of the old running average.
+        epsilon: added to the variance.
+        dtype: of y; None for the widest of x, float32 and the parameters.
+        param_dtype: of scale and bias.
+        use_bias, use_scale: whether there is a bias, a scale.
+        bias_init, scale_init: their initializers.
+        axis_name, axis_index_groups: mapped axes to take statistics over.
+        use_fast_variance: accepted for Flax's sake; both values give the same stable variance.
+        promote_dtype: decides the dtype of y from `(x, mean, var, scale, bias)` and `dtype`.
+        rngs: its `params` stream is drawn for the scale, then for the bias.
+        bias_metadata, scale_metadata: for the `nnx.Param`s.
+
+    Variables: `mean` and `var` (`nnx.BatchStat`, float32), `scale` and `bias` (`nnx.Param` or
+    None), each of shape `(num_features,)`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from jax_bn.nnx import BatchNorm
+        >>> layer, x = BatchNorm(1, momentum=0.9, rngs=nnx.Rngs(0)), jnp.array([[1.0], [3.0]])
+        >>> [round(v, 3) for v in layer(x)[:, 0].tolist()], layer.mean[...].round(3).tolist()
+        ([-1.0, 1.0], [0.2])
+        >>> layer.eval()
+        >>> layer(x).round(3)[:, 0].tolist()
+        [0.8, 2.8]
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        *,
+        use_running_average: bool | None = False,
+        axis: int = -1,
+        momentum: float = 0.99,
+        epsilon: float = 1e-5,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        use_bias: bool = True,
+        use_scale: bool = True,
+        bias_init: nnx.initializers.Initializer = nnx.initializers.zeros_init(),
+        scale_init: nnx.initializers.Initializer = nnx.initializers.ones_init(),
+        axis_name: str | Sequence[str] | None = None,
+        axis_index_groups: Any = None,
+        use_fast_variance: bool = True,
+        promote_dtype: Callable[..., Any] = dtypes.promote_dtype,
+        rngs: nnx.Rngs,
+        bias_metadata: Mapping[str, Any] = MappingProxyType({}),
+        scale_metadata: Mapping[str, Any] = MappingProxyType({}),
+    ):
+        shape = (num_features,)
+        self.mean = nnx.BatchStat(jnp.zeros(shape, jnp.float32))
+        self.var = nnx.BatchStat(jnp.ones(shape, jnp.float32))
+        self.scale: nnx.Param[jax.Array] | None = (
+            nnx.Param(scale_init(rngs.params(), shape, param_dtype), **scale_metadata)
+            if use_scale
+            else nnx.data(None)
+        )
+        self.bias: nnx.Param[jax.Array] | None = (
+            nnx.Param(bias_init(rngs.params(), shape, param_dtype), **bias_metadata)
+            if use_bias
+            else nnx.data(None)
+        )
+        self.num_features = num_features
+        self.use_running_average = use_running_average
+        self.axis = axis
+        self.momentum = momentum
+        self.epsilon = epsilon
+        self.dtype = dtype
+        self.param_dtype = param_dtype
+        self.use_bias = use_bias
+        self.use_scale = use_scale
+        self.axis_name = axis_name
+        self.axis_index_groups = axis_index_groups
+        self.use_fast_variance = use_fast_variance
+        self.promote_dtype = promote_dtype
+
+    def __call__(
+        self,
+        x: jax.Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: jax.Array | None = None,
+    ) -> jax.Array:
+        """Normalizes x; in training also updates the running averages.
+
+        Args:
+            x: any rank from 1 up, `num_features` long on `axis`.
+            use_running_average: wins over the attribute.
+            mask: which examples count; 0/1 of any dtype; see `jax_bn.batch_norm`.
+
+        Returns:
+            y, of x's shape.
+        """
+        if use_running_average is None:
+            use_running_average = self.use_running_average
+        if use_running_average is None:
+            raise ValueError(
+                "use_running_average is given nowhere: pass it to the constructor or to the call, "
+                "or set it with nnx.view, .train() or .eval()"
+            )
+        x = jnp.asarray(x)
+        found = tuple(x.shape[a] for a in feature_axes(self.axis, x.ndim))
+        if found != (self.num_features,):
+            raise ValueError(
+                f"x has shape {x.shape}, so {found} features on axis={self.axis}; expected "
+                f"num_features={self.num_features} of them"
+            )
+        mean, var = self.mean[...], self.var[...]
+        scale = None if self.scale is None else self.scale[...]
+        bias = None if self.bias is None else self.bias[...]
+        promoted = self.promote_dtype((x, mean, var, scale, bias), dtype=self.dtype)
+        common: dict[str, Any] = dict(axis=self.axis, epsilon=self.epsilon, dtype=promoted[0].dtype)
+        if use_running_average:
+            return normalize(x, mean, var, scale, bias, **common)
+        y, stats = batch_norm(
+            x,
+            scale,
+            bias,
+            mask=None if mask is None else jnp.asarray(mask).astype(bool),
+            axis_name=self.axis_name,
+            axis_index_groups=self.axis_index_groups,
+            **common,
+        )
+        # No gradient flows through the averages, as in Flax: a variable is no place for a tracer.
+        self.mean[...], self.var[...] = jax.lax.stop_gradient(
+            update_running_stats(mean, var, stats, momentum=self.momentum)
+        )
+        return y
+
+    def set_view(self, use_running_average: bool | None = None):
+        """Called by `nnx.view`.
+
+        Args:
+            use_running_average: evaluation if True, training if False, as it was if None.
+        """
+        if use_running_average is not None:
+            self.use_running_average = use_running_average

@@ -1,0 +1,47 @@
+"""The one tolerance of the tests: twice the definition's own error, plus rounding; no constants.
+
+An implementation in some dtype is judged beside the plain definition in the same dtype, both
+against the definition in float64.
+"""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def in_float64(f, *args):
+    """f(*args) with every inexact array of `args` widened to float64 or complex128, as NumPy."""
+    with jax.enable_x64(True):
+        return jax.tree.map(np.asarray, f(*jax.tree.map(_widen, args)))
+
+
+def _widen(a):
+    kind = np.asarray(a).dtype
+    if np.issubdtype(kind, np.complexfloating):
+        return np.asarray(a, np.complex128)
+    if np.issubdtype(kind, np.integer) or kind == bool:
+        return np.asarray(a)
+    return np.asarray(a, np.float64)
+
+
+def assert_as_accurate(actual, definition, oracle, examples: int):
+    """Asserts |actual - oracle| <= 2 |definition - oracle| + eps*sqrt(examples)*scale, leaf by leaf.
+
+    `scale` is the largest magnitude in the leaf; `eps` of the dtype of `actual`.
+    """
+    chex.assert_trees_all_equal_structs(actual, definition)
+    chex.assert_trees_all_equal_shapes_and_dtypes(actual, definition)
+    for (path, a), d, o in zip(
+        jax.tree_util.tree_leaves_with_path(actual),
+        jax.tree.leaves(definition),
+        jax.tree.leaves(oracle),
+        strict=True,
+    ):
+        assert np.isfinite(o).all(), f"{path}: the oracle is not finite"
+        eps = float(jnp.finfo(a.dtype).eps)
+        error, budget = (np.abs(_widen(v) - o).max(initial=0) for v in (a, d))
+        allowed = 2 * budget + eps * np.sqrt(examples) * np.abs(o).max(initial=0)
+        assert error <= allowed, (
+            f"{jax.tree_util.keystr(path)}: error {error:.3g}, allowed {allowed:.3g}"
+        )
