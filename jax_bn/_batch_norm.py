@@ -5,16 +5,20 @@ normalize  -> _stages.normalize              normalizes with given statistics (e
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 import math
+import operator
+from typing import Any
 
 import jax
 from jax import lax
+from jax.core import Tracer
 import jax.numpy as jnp
 import numpy as np
 
 from jax_bn import _shapes, _stages, _vjp
-from jax_bn._statistics import BatchStats
+from jax_bn._statistics import BatchStats, merge_stacked
 
 
 def batch_norm(
@@ -27,6 +31,7 @@ def batch_norm(
     mask: jax.Array | None = None,
     axis_name: str | Sequence[str] | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
+    virtual_batch_size: int | None = None,
     dtype: jax.typing.DTypeLike | None = None,
 ) -> tuple[jax.Array, BatchStats]:
     """Normalizes each feature of x with its statistics over the batch; backward in closed form.
@@ -54,6 +59,10 @@ def batch_norm(
             is spread: N counts the valid examples along them all.
         axis_index_groups: groups of indices along `axis_name` that share statistics, as in
             `jax.lax.psum`; not under `vmap`, nor under `shard_map` with `check_vma=True`.
+        virtual_batch_size: normalizes each run of that many consecutive examples of the batch axis
+            (the first reduced one) with statistics of its own: "ghost batches". It divides the
+            axis. `stats` are those of the whole batch. With `axis_name` the runs at the same place
+            on all devices form one group.
         dtype: of y; None for x's own.
 
     Returns:
@@ -64,7 +73,7 @@ def batch_norm(
         ValueError: an axis out of range or repeated, a scale or bias of the wrong shape, no example
             to reduce, a negative epsilon, a `dtype` that is not inexact or would drop the imaginary
             part of y, a mask that does not broadcast, an `axis_name` that is not bound, groups
-            without an `axis_name`.
+            without an `axis_name`, a virtual batch size that does not divide the batch.
         TypeError: a bool x, an axis that is no integer, a mask of floats.
         NotImplementedError: `axis_index_groups` where JAX has none.
 
@@ -117,22 +126,28 @@ def batch_norm(
         )
     _check_epsilon(epsilon)
     y_dtype = _y_dtype(dtype, x)
-    scale, bias = (
-        None if v is None else _shapes.per_feature(name, _inexact(name, v), x.shape, features)
-        for name, v in (("scale", scale), ("bias", bias))
-    )
+    scale = _per_feature("scale", scale, x, features)
+    bias = _per_feature("bias", bias, x, features)
     if mask is not None:
         mask = _shapes.aligned_mask(jnp.asarray(mask), x.shape, features)
+    names, groups, devices = _mapped_axes(axis_name, axis_index_groups)
     stat_dtype = _arithmetic_dtype(y_dtype, x, scale, bias)
     x, scale, bias = _in_arithmetic(stat_dtype, x, scale, bias)
-    spec = _vjp.Spec(reduced, stat_dtype, y_dtype, *_devices(axis_name, axis_index_groups))
-    y, count, mean, var = _vjp.batch_norm(spec, x, mask, scale, bias, epsilon)
-    shape = tuple(x.shape[a] for a in features)
-    if mask is None:  # known while tracing, and kept so: `update_running_stats` can refuse 1
-        count = np.full(shape, examples * spec.devices, count.dtype)
+    spec = _vjp.Spec(reduced, stat_dtype, y_dtype, names, groups)
+
+    def one_batch(x, mask):
+        y, count, mean, var = _vjp.batch_norm(spec, x, mask, scale, bias, epsilon)
+        count = jnp.broadcast_to(count, mean.shape)
+        return y, BatchStats(*(jnp.squeeze(v, reduced) for v in (mean, var, count)))
+
+    if virtual_batch_size is None:
+        y, stats = one_batch(x, mask)
     else:
-        count = jnp.broadcast_to(jnp.squeeze(count, reduced), shape)
-    stats = BatchStats(jnp.squeeze(mean, reduced), jnp.squeeze(var, reduced), count)
+        y, stats = _in_virtual_batches(one_batch, x, mask, reduced, virtual_batch_size)
+    if mask is None:
+        # The count is known while tracing. Kept so, it lets `update_running_stats` refuse 1.
+        known = np.full(stats.count.shape, examples * devices, stats.count.dtype)
+        stats = replace(stats, count=known)
     return y, stats
 
 
@@ -174,27 +189,28 @@ def normalize(
     Example:
         >>> import jax.numpy as jnp
         >>> import jax_bn
-        >>> jax_bn.normalize(jnp.array([[5.0]]), jnp.array([1.0]), jnp.array([4.0]), epsilon=0.0).item()
+        >>> x, mean, var = jnp.array([[5.0]]), jnp.array([1.0]), jnp.array([4.0])
+        >>> jax_bn.normalize(x, mean, var, epsilon=0.0).item()
         2.0
     """
     x = _inexact("x", x)
     features = _features(axis, x)
     _check_epsilon(epsilon)
     y_dtype = _y_dtype(dtype, x)
-    mean, var, scale, bias = (
-        None if v is None else _shapes.per_feature(name, _inexact(name, v), x.shape, features)
-        for name, v in (("mean", mean), ("var", var), ("scale", scale), ("bias", bias))
-    )
+    mean = _per_feature("mean", mean, x, features)
+    var = _per_feature("var", var, x, features)
+    scale = _per_feature("scale", scale, x, features)
+    bias = _per_feature("bias", bias, x, features)
     if mean is None or var is None:
-        raise TypeError("normalize needs both mean and var; batch_norm computes them from x")
+        raise TypeError("mean or var is None; expected both (batch_norm computes them from x)")
     if jnp.iscomplexobj(var):
         raise TypeError(f"var has dtype {var.dtype}; a variance is real: pass var.real")
     wide = _arithmetic_dtype(y_dtype, x, mean, var, scale, bias)
     x, mean, scale, bias = _in_arithmetic(wide, x, mean, scale, bias)
-    rstd = lax.rsqrt(var.astype(jnp.finfo(wide).dtype) + epsilon)
+    rstd = lax.rsqrt(var.astype(jnp.finfo(wide).dtype) + epsilon).astype(wide)
     # checkpoint: keep x for the backward pass, not x - mean in a wider dtype.
     stage = jax.checkpoint(partial(_stages.normalize, dtype=y_dtype))
-    return stage(x, mean.astype(wide), rstd, scale, bias)
+    return stage(x, mean, rstd, scale, bias)
 
 
 def _inexact(name: str, v) -> jax.Array:
@@ -207,13 +223,38 @@ def _inexact(name: str, v) -> jax.Array:
     raise TypeError(f"{name} has dtype {v.dtype}; expected a float, complex or integer dtype")
 
 
+def _per_feature(name: str, v, x: jax.Array, features: tuple[int, ...]) -> Any:
+    return None if v is None else _shapes.per_feature(name, _inexact(name, v), x.shape, features)
+
+
 def _features(axis: int | Sequence[int], x: jax.Array) -> tuple[int, ...]:
     if x.ndim == 0:
         raise ValueError("x is a scalar; expected rank 1 or more, with a feature axis")
     return _shapes.feature_axes(axis, x.ndim)
 
 
-def _devices(axis_name, groups) -> tuple[tuple[str, ...], tuple[tuple[int, ...], ...] | None, int]:
+def _in_virtual_batches(one_batch, x, mask, reduced: tuple[int, ...], size: int):
+    """`one_batch` on each `size` consecutive examples of the batch axis; statistics of all."""
+    batch, n = (reduced[0], x.shape[reduced[0]]) if reduced else (None, 1)
+    if operator.index(size) < 1 or n % size:
+        raise ValueError(
+            f"virtual_batch_size={size} does not divide the batch axis of x (axis {batch}, length "
+            f"{n}) into whole groups; expected a divisor of {n}: drop or pad and mask the rest"
+        )
+    if batch is None:
+        return one_batch(x, mask)
+
+    def split(v):
+        return v.reshape(*v.shape[:batch], n // size, size, *v.shape[batch + 1 :])
+
+    shared_mask = mask is None or mask.shape[batch] == 1
+    y, stats = jax.vmap(
+        one_batch, in_axes=(batch, None if shared_mask else batch), out_axes=(batch, 0)
+    )(split(x), mask if shared_mask else split(mask))
+    return y.reshape(x.shape), merge_stacked(stats)
+
+
+def _mapped_axes(axis_name, groups):
     """axis_name and groups in static form, and how many devices share one mean."""
     if axis_name is None:
         if groups is not None:
@@ -232,7 +273,7 @@ def _devices(axis_name, groups) -> tuple[tuple[str, ...], tuple[tuple[int, ...],
 
 
 def _check_epsilon(epsilon) -> None:
-    if isinstance(epsilon, jax.core.Tracer):
+    if isinstance(epsilon, Tracer):
         return  # known only when the program runs
     if not (float(epsilon) >= 0 and math.isfinite(epsilon)):
         raise ValueError(f"epsilon={epsilon}; expected a finite number >= 0")
@@ -257,7 +298,7 @@ def _arithmetic_dtype(y_dtype, *arrays: jax.Array | None) -> jnp.dtype:
     return wide
 
 
-def _in_arithmetic(wide, x, *per_feature):
+def _in_arithmetic(wide, x, *per_feature) -> tuple[Any, ...]:
     """Per-feature arrays in T. x stays as narrow as it came, since it is kept for the backward."""
     complexify = jnp.issubdtype(wide, jnp.complexfloating) and not jnp.iscomplexobj(x)
     cast = (None if v is None else v.astype(wide) for v in per_feature)

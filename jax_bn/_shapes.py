@@ -25,7 +25,7 @@ def feature_axes(axis: int | Sequence[int], ndim: int) -> tuple[int, ...]:
     for a in axes:
         if not -ndim <= a < ndim:
             raise ValueError(
-                f"axis={axis!r} is out of range for x of rank {ndim}: expected {-ndim} <= axis < {ndim}"
+                f"axis={axis!r} is out of range for x of rank {ndim}; expected {-ndim}..{ndim - 1}"
             )
     axes = sorted(a % ndim for a in axes)
     if len(set(axes)) < len(axes):

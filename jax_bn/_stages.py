@@ -1,4 +1,4 @@
-"""The four stages of batch normalization in jnp: all the arithmetic over whole arrays there is.
+"""The four stages of batch normalization in jnp: the arithmetic over whole arrays.
 
     forward    moments(x)       --merge over devices-->   normalize(x, mean, rstd, scale, bias)
     backward   grad_sums(dy, x) ---sum over devices--->   grad_input(dy, x, ..., dbias, dscale)
@@ -66,8 +66,7 @@ def normalize(x, mean, rstd, scale, bias, *, dtype):
 def grad_sums(dy, x, mask, mean, rstd, *, axes: Axes):
     """dbias = sum(dy), dscale = sum(dy * x_hat) over these examples. :: [N, C] -> [1, C] twice"""
     dy = _select(mask, dy.astype(mean.dtype))
-    centred = _select(mask, x.astype(mean.dtype) - mean)
-    return _sum(dy, axes), rstd * _sum(dy * centred, axes)
+    return _sum(dy, axes), rstd * _sum(dy * centred(x, mask, mean), axes)
 
 
 def grad_input(dy, x, mask, mean, rstd, scale, dbias, dscale, count):
@@ -75,12 +74,16 @@ def grad_input(dy, x, mask, mean, rstd, scale, dbias, dscale, count):
 
     dx = (scale*rstd/count) * (count*dy - dbias - x_hat*dscale)
     """
-    dtype = mean.dtype
-    dy, centred = dy.astype(dtype), x.astype(dtype) - mean
-    n = jnp.maximum(count, 1).astype(dtype)
-    slope = rstd * rstd * jnp.real(_times(dscale, scale)).astype(dtype) / n
-    dx = _times(rstd, scale) * (dy - dbias / n) - slope * jnp.conj(centred)
+    dy = _select(mask, dy.astype(mean.dtype))
+    n = jnp.maximum(count, 1).astype(mean.dtype)
+    slope = rstd * rstd * jnp.real(_times(dscale, scale)).astype(mean.dtype) / n
+    dx = _times(rstd, scale) * (dy - dbias / n) - slope * jnp.conj(centred(x, mask, mean))
     return _select(mask, dx).astype(x.dtype)
+
+
+def centred(x, mask, mean):
+    """x - mean in T, 0 where masked. :: [N, C] -> [N, C]"""
+    return _select(mask, x.astype(mean.dtype) - mean)
 
 
 XLA = Stages(moments, normalize, grad_sums, grad_input)
@@ -129,7 +132,7 @@ def _count(x, mask, axes: Axes):
 
 
 def _select(mask, v):
-    """v where it is valid, else 0; by selection, since a NaN survives multiplication by 0."""
+    """The valid entries of v, 0 elsewhere; selected, since a NaN survives multiplication by 0."""
     return v if mask is None else jnp.where(mask, v, 0)
 
 

@@ -1,16 +1,21 @@
-"""Batch statistics as values: what `batch_norm` returns, and the running averages made of them.
+"""Batch statistics as values: what `batch_norm` returns, how they merge, their running averages.
 
 Small arrays only, differentiated by JAX as they are written.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
 import jax
+from jax.core import Tracer
 import jax.numpy as jnp
 import numpy as np
 
 
-class BatchStats(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class BatchStats:
     """The statistics of one batch, one number a feature; a pytree.
 
     Attributes:
@@ -25,6 +30,70 @@ class BatchStats(NamedTuple):
     mean: jax.Array
     var: jax.Array
     count: jax.Array | np.ndarray
+
+
+def merge_stats(*stats: BatchStats) -> BatchStats:
+    """The statistics of several batches taken as one.
+
+    count = sum count_i, mean = sum count_i*mean_i / count,
+    var = sum count_i*(var_i + |mean_i - mean|^2) / count.
+
+    With it the running averages of accumulated gradients see the whole batch: merge the statistics
+    of the micro-batches, then call `update_running_stats` once. What it does not do is normalize
+    each micro-batch with the statistics of all: for that x has to be there at once, or spread over
+    devices (`axis_name`).
+
+    Args:
+        stats: one or more, all of the same shape. One with count 0 changes nothing, so zeros start
+            an accumulation, in a `jax.lax.scan` too.
+
+    Returns:
+        A `BatchStats` of that shape; 0 throughout where all counts are 0.
+
+    Raises:
+        ValueError: none given, or shapes that differ.
+
+    Differentiable to any order; elementwise. Computed in the dtype of `stats` from differences to
+    the common mean, so batches with far means do not cancel: error a few ulps.
+
+    Source: Chan, Golub and LeVeque 1983.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import jax_bn
+        >>> _, a = jax_bn.batch_norm(jnp.array([[1.0], [2.0], [3.0]]))
+        >>> _, b = jax_bn.batch_norm(jnp.array([[6.0]]))
+        >>> merged = jax_bn.merge_stats(a, b)
+        >>> merged.mean.item(), merged.var.item(), merged.count.item()
+        (3.0, 3.5, 4.0)
+    """
+    if not stats:
+        raise ValueError("merge_stats got no statistics; expected at least one BatchStats")
+    shapes = [s.mean.shape for s in stats]
+    if len(set(shapes)) > 1:
+        raise ValueError(f"stats have mean of shapes {shapes}; expected the same shape for all")
+    return merge_stacked(jax.tree.map(lambda *leaves: jnp.stack(leaves), *stats))
+
+
+def merge_stacked(stats: BatchStats) -> BatchStats:
+    """`merge_stats` of statistics that are stacked along a leading axis. :: [G, ...] -> [...]"""
+    total = partial(jax.tree.map, partial(jnp.sum, axis=0))
+    count = jnp.asarray(stats.count)
+    count, mean, m2 = merge_moments(count, stats.mean, count * stats.var, total)
+    return BatchStats(mean, m2 / jnp.maximum(count, 1), count)
+
+
+def merge_moments(count, mean, m2, total: Callable):
+    """count, mean and m2 = count*var of all parts together, where `total` sums a tree over them.
+
+    Two sums, because the second needs the mean that the first gives. One would do with sums of
+    x^2, and would lose all digits where one part's mean is far from the others'.
+    """
+    weight = count.astype(mean.dtype)
+    count, weighted = total((count, weight * mean))
+    center = weighted / jnp.maximum(count, 1).astype(mean.dtype)
+    apart = jnp.conj(mean - center) * weight * (mean - center)
+    return count, center, total(m2 + jnp.real(apart))
 
 
 def update_running_stats(
@@ -74,11 +143,11 @@ def update_running_stats(
     for name, running, batch in (("mean", mean, stats.mean), ("var", var, stats.var)):
         if running.shape != batch.shape:
             raise ValueError(
-                f"{name} has shape {running.shape}; expected {batch.shape}, the shape of stats.{name}"
+                f"{name} has shape {running.shape}; expected {batch.shape}, that of stats.{name}"
             )
     count, batch_var, enough = stats.count, stats.var, 0
     if unbiased:
-        if not isinstance(count, jax.core.Tracer) and bool(np.any(np.asarray(count) == 1)):
+        if not isinstance(count, Tracer) and bool(np.any(np.asarray(count) == 1)):
             raise ValueError(
                 "unbiased=True with a batch of one example (count 1): count/(count - 1) is "
                 "undefined. Use a larger batch, or unbiased=False"

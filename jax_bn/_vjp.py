@@ -19,13 +19,13 @@ merge over devices between the two rules, and so gets its transpose right in eve
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax import lax
 import jax.numpy as jnp
 
-from jax_bn import _stages
+from jax_bn import _stages, _statistics
 
 
 class Spec(NamedTuple):
@@ -36,14 +36,19 @@ class Spec(NamedTuple):
     y_dtype: jnp.dtype
     axis_name: tuple[str, ...] = ()  # device axes that the statistics run over
     axis_index_groups: tuple[tuple[int, ...], ...] | None = None
-    devices: int = 1  # how many share one mean
     stages: _stages.Stages = _stages.XLA
 
 
+# `Any`, because type checkers lose a function's type behind `partial`.
+_rule: Any = partial(jax.custom_vjp, nondiff_argnums=(0,))  # the Spec is static
+
+
 def batch_norm(spec: Spec, x, mask, scale, bias, epsilon):
-    """y, count, mean, var. :: [N, C], mask, [1, C], [1, C], float -> [N, C], [1, C] three times"""
+    """All of it. :: x[N, C], scale[1, C], bias[1, C] -> y[N, C]; count, mean, var [1, C]."""
     count, mean, m2 = _moments(spec, x, mask)
-    count, mean, m2 = _merge_over_devices(spec, mask, lax.stop_gradient(count), mean, m2)
+    count = lax.stop_gradient(count)
+    if spec.axis_name:
+        count, mean, m2 = _statistics.merge_moments(count, mean, m2, partial(_psum, spec))
     var = m2 / jnp.maximum(count, 1)
     # A feature with nothing valid has no x_hat; rstd = 0 makes it 0, so that y = bias and dx = 0.
     rstd = jnp.where(count > 0, lax.rsqrt(var + epsilon), 0).astype(spec.stat_dtype)
@@ -51,33 +56,33 @@ def batch_norm(spec: Spec, x, mask, scale, bias, epsilon):
     return y, count, mean, var
 
 
-# ---- the rule of y --------------------------------------------------------------------------------
+# ---- the rule of y -------------------------------------------------------------------------------
 #
-# `mean` and `rstd` are arguments of `_normalize` and functions of `x` at once. The rule answers for
-# both ways in which x reaches y: its dx is the derivative of the whole batch normalization, and the
-# cotangents of `mean` and `rstd` are None, since nothing is left for them. (They stay differentiable
-# as residuals: that is how a second derivative, which differentiates this rule, sees them move.)
+# `mean` and `rstd` are arguments of `_normalize` and functions of x at once. The rule answers for
+# every way in which x reaches y: its dx is the derivative of the whole batch normalization, and the
+# cotangents of `mean` and `rstd` are None, since nothing is left for them. (They stay
+# differentiable as residuals: so a second derivative, which differentiates this rule, moves them.)
 #
 # The derivation, for one feature; x, y, ... are columns of length N, 1 is the column of ones.
 #
-#     y = scale*x_hat + bias                    so  dbias  = 1^T dy = sum(dy)                      (D4)
-#                                                   dscale = x_hat^T dy = sum(dy*x_hat)            (D5)
-#                                                   dx_hat = scale*dy                              (D6)
-#     t = (I - 11^T/N) x                        centring: symmetric, so  dx = (I - 11^T/N) dt      (D9)
-#     x_hat = g(t) t,  g(t) = (t^T t/N + eps)^(-1/2) = rstd
-#         grad g = -(1/N) rstd^3 t = -(1/N) rstd^2 x_hat                                           (D8)
-#         dt = (grad g t^T + g I) dx_hat                        product rule, g a scalar           (D7)
-#            = rstd (I - x_hat x_hat^T/N) dx_hat
-#     dx = rstd (I - 11^T/N) (I - x_hat x_hat^T/N) dx_hat                                         (D10)
-#        = rstd (I - 11^T/N - x_hat x_hat^T/N) dx_hat           since 1^T x_hat = 0               (D11)
-#        = (scale*rstd/N) (N dy - 1 dbias - x_hat dscale)       put dx_hat = scale*dy in          (D12)
+#   y = scale*x_hat + bias             so  dbias  = 1^T dy = sum(dy)                          (D4)
+#                                          dscale = x_hat^T dy = sum(dy*x_hat)                (D5)
+#                                          dx_hat = scale*dy                                  (D6)
+#   t = (I - 11^T/N) x                 centring: symmetric, so  dx = (I - 11^T/N) dt          (D9)
+#   x_hat = g(t) t  with  g(t) = (t^T t/N + eps)^(-1/2) = rstd
+#       grad g = -(1/N) rstd^3 t = -(1/N) rstd^2 x_hat                                        (D8)
+#       dt = (grad g t^T + g I) dx_hat                    product rule for a scalar g         (D7)
+#          = rstd (I - x_hat x_hat^T/N) dx_hat
+#   dx = rstd (I - 11^T/N) (I - x_hat x_hat^T/N) dx_hat                                      (D10)
+#      = rstd (I - 11^T/N - x_hat x_hat^T/N) dx_hat       since 1^T x_hat = 0                (D11)
+#      = (scale*rstd/N) (N dy - 1 dbias - x_hat dscale)   with dx_hat = scale*dy             (D12)
 #
-# With a mask or over several devices N is `count`, the number of valid examples on all devices, and
-# both sums run over these (D15). With complex x the same steps, in JAX's convention (no conjugate in
-# the cotangent of a product), give conj(x_hat) Re(scale*dscale) for the last term.
+# With a mask or over several devices N is `count`, the number of valid examples on all devices,
+# and both sums run over these (D15). For complex x the same steps, in JAX's convention (a product's
+# cotangent takes no conjugate), give conj(x_hat) Re(scale*dscale) as the last term.
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
+@_rule
 def _normalize(spec, x, mask, count, mean, rstd, scale, bias):
     del mask, count  # for the backward pass
     return spec.stages.normalize(x, mean, rstd, scale, bias, dtype=spec.y_dtype)
@@ -103,14 +108,14 @@ def _normalize_bwd(spec, residuals, dy):
 _normalize.defvjp(_normalize_fwd, _normalize_bwd)
 
 
-# ---- the rule of the statistics -------------------------------------------------------------------
+# ---- the rule of the statistics ------------------------------------------------------------------
 #
-#     mean = sum(x)/N,  m2 = sum((x - mean)^2)  so  dx = dmean/N + dm2*2*(x - mean)                (D13)
+#   mean = sum(x)/N,  m2 = sum((x - mean)^2)   so  dx = dmean/N + dm2*2*(x - mean)           (D13)
 #
 # (dm2 = dvar/N; the derivative of m2 through the mean is -2 sum(x - mean) = 0.)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
+@_rule
 def _moments(spec, x, mask):
     return spec.stages.moments(x, mask, axes=spec.axes, dtype=spec.stat_dtype)
 
@@ -124,33 +129,15 @@ def _moments_bwd(spec, residuals, cotangents):
     del spec
     x, mask, count, mean = residuals
     _, dmean, dm2 = cotangents
-    dtype = mean.dtype
-    n = jnp.maximum(count, 1).astype(dtype)
-    dx = dmean / n + dm2.astype(dtype) * 2 * jnp.conj(x.astype(dtype) - mean)
+    n, dm2 = jnp.maximum(count, 1).astype(mean.dtype), dm2.astype(mean.dtype)
+    dx = dmean / n + 2 * dm2 * jnp.conj(_stages.centred(x, mask, mean))
     return (dx if mask is None else jnp.where(mask, dx, 0)).astype(x.dtype), None
 
 
 _moments.defvjp(_moments_fwd, _moments_bwd)
 
 
-# ---- several devices ------------------------------------------------------------------------------
-
-
-def _merge_over_devices(spec: Spec, mask, count, mean, m2):
-    """Local to global count, mean, m2: each device's weighed by its count (Chan, Golub, LeVeque).
-
-    Two sums, because the second needs the mean that the first gives. One would do with sums of x^2,
-    and would lose all digits where a device's mean is far from the others'.
-    """
-    if not spec.axis_name:
-        return count, mean, m2
-    if mask is None:  # every device holds as many examples as this one: no need to ask
-        total, sums = count * spec.devices, _psum(spec, count.astype(mean.dtype) * mean)
-    else:
-        total, sums = _psum(spec, (count, count.astype(mean.dtype) * mean))
-    center = sums / jnp.maximum(total, 1).astype(mean.dtype)
-    apart = mean - center
-    return total, center, _psum(spec, m2 + count * jnp.real(apart * jnp.conj(apart)))
+# ---- several devices -----------------------------------------------------------------------------
 
 
 def _psum(spec: Spec, tree):
@@ -160,7 +147,7 @@ def _psum(spec: Spec, tree):
 
 
 def _cotangent_of(primal, here, everywhere=None, axis_name=()):
-    """The cotangent `here`, summed over the device axes along which it varies and `primal` does not.
+    """The cotangent `here`, summed over the axes along which it varies and `primal` does not.
 
     Under `shard_map(check_vma=True)` a cotangent must vary as its primal does: for a scale that all
     devices share that is the sum over them, which is `everywhere` if it was taken over just these

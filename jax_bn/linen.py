@@ -14,7 +14,7 @@ from jax_bn._statistics import update_running_stats
 
 
 class BatchNorm(nn.Module):
-    """`flax.linen.BatchNorm` with the closed-form backward pass: change the import, keep the rest.
+    """`flax.linen.BatchNorm` with the closed-form backward pass: change the import alone.
 
     y = scale * (x - mean)/sqrt(var + epsilon) + bias, with the batch's mean and variance in
     training and their running averages in evaluation; see `jax_bn.batch_norm` for precision,
@@ -46,11 +46,12 @@ class BatchNorm(nn.Module):
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from jax_bn.linen import BatchNorm
-        >>> layer, x = BatchNorm(momentum=0.9), jnp.array([[1.0], [3.0]])
+        >>> layer = BatchNorm(momentum=0.9)
+        >>> x = jnp.array([[1.0], [3.0]])
         >>> variables = layer.init(jax.random.key(0), x, use_running_average=False)
         >>> y, updated = layer.apply(variables, x, use_running_average=False, mutable="batch_stats")
-        >>> [round(v, 3) for v in y[:, 0].tolist()], updated["batch_stats"]["mean"].round(3).tolist()
-        ([-1.0, 1.0], [0.2])
+        >>> y.round(3)[:, 0].tolist(), updated["batch_stats"]["mean"]
+        ([-1.0, 1.0], Array([0.2], dtype=float32))
     """
 
     use_running_average: bool | None = None

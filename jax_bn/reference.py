@@ -1,4 +1,4 @@
-"""Batch normalization as textbooks define it, differentiated by JAX: what the closed form must equal.
+"""Batch normalization as textbooks define it, differentiated by JAX: the oracle.
 
 Imports jax and nothing of this package: an oracle that shares code with what it judges is none.
 """
