@@ -15,6 +15,7 @@ import jax
 from jax import lax
 from jax.core import Tracer
 import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
 import numpy as np
 
 from jax_bn import _shapes, _stages, _vjp
@@ -22,17 +23,17 @@ from jax_bn._statistics import BatchStats, merge_stacked
 
 
 def batch_norm(
-    x: jax.Array,
-    scale: jax.Array | None = None,
-    bias: jax.Array | None = None,
+    x: ArrayLike,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     *,
     axis: int | Sequence[int] = -1,
     epsilon: float = 1e-5,
-    mask: jax.Array | None = None,
+    mask: ArrayLike | None = None,
     axis_name: str | Sequence[str] | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     virtual_batch_size: int | None = None,
-    dtype: jax.typing.DTypeLike | None = None,
+    dtype: DTypeLike | None = None,
 ) -> tuple[jax.Array, BatchStats]:
     """Normalizes each feature of x with its statistics over the batch; backward in closed form.
 
@@ -126,8 +127,8 @@ def batch_norm(
         )
     _check_epsilon(epsilon)
     y_dtype = _y_dtype(dtype, x)
-    scale = _per_feature("scale", scale, x, features)
-    bias = _per_feature("bias", bias, x, features)
+    scale = None if scale is None else _per_feature("scale", scale, x, features)
+    bias = None if bias is None else _per_feature("bias", bias, x, features)
     if mask is not None:
         mask = _shapes.aligned_mask(jnp.asarray(mask), x.shape, features)
     names, groups, devices = _mapped_axes(axis_name, axis_index_groups)
@@ -140,10 +141,18 @@ def batch_norm(
         count = jnp.broadcast_to(count, mean.shape)
         return y, BatchStats(*(jnp.squeeze(v, reduced) for v in (mean, var, count)))
 
-    if virtual_batch_size is None:
-        y, stats = one_batch(x, mask)
-    else:
-        y, stats = _in_virtual_batches(one_batch, x, mask, reduced, virtual_batch_size)
+    try:
+        if virtual_batch_size is None:
+            y, stats = one_batch(x, mask)
+        else:
+            y, stats = _in_virtual_batches(one_batch, x, mask, reduced, virtual_batch_size)
+    except NotImplementedError as e:
+        if groups is None:
+            raise
+        raise NotImplementedError(
+            "axis_index_groups: JAX has no groups under vmap and shard_map(check_vma=True). Use "
+            "shard_map(check_vma=False) or pmap, or two mesh axes, one of which is axis_name"
+        ) from e
     if mask is None:
         # The count is known while tracing. Kept so, it lets `update_running_stats` refuse 1.
         known = np.full(stats.count.shape, examples * devices, stats.count.dtype)
@@ -152,15 +161,15 @@ def batch_norm(
 
 
 def normalize(
-    x: jax.Array,
-    mean: jax.Array,
-    var: jax.Array,
-    scale: jax.Array | None = None,
-    bias: jax.Array | None = None,
+    x: ArrayLike,
+    mean: ArrayLike,
+    var: ArrayLike,
+    scale: ArrayLike | None = None,
+    bias: ArrayLike | None = None,
     *,
     axis: int | Sequence[int] = -1,
     epsilon: float = 1e-5,
-    dtype: jax.typing.DTypeLike | None = None,
+    dtype: DTypeLike | None = None,
 ) -> jax.Array:
     """Normalizes x with given statistics: batch normalization in evaluation.
 
@@ -197,12 +206,12 @@ def normalize(
     features = _features(axis, x)
     _check_epsilon(epsilon)
     y_dtype = _y_dtype(dtype, x)
-    mean = _per_feature("mean", mean, x, features)
-    var = _per_feature("var", var, x, features)
-    scale = _per_feature("scale", scale, x, features)
-    bias = _per_feature("bias", bias, x, features)
     if mean is None or var is None:
         raise TypeError("mean or var is None; expected both (batch_norm computes them from x)")
+    mean = _per_feature("mean", mean, x, features)
+    var = _per_feature("var", var, x, features)
+    scale = None if scale is None else _per_feature("scale", scale, x, features)
+    bias = None if bias is None else _per_feature("bias", bias, x, features)
     if jnp.iscomplexobj(var):
         raise TypeError(f"var has dtype {var.dtype}; a variance is real: pass var.real")
     wide = _arithmetic_dtype(y_dtype, x, mean, var, scale, bias)
@@ -223,8 +232,8 @@ def _inexact(name: str, v) -> jax.Array:
     raise TypeError(f"{name} has dtype {v.dtype}; expected a float, complex or integer dtype")
 
 
-def _per_feature(name: str, v, x: jax.Array, features: tuple[int, ...]) -> Any:
-    return None if v is None else _shapes.per_feature(name, _inexact(name, v), x.shape, features)
+def _per_feature(name: str, v, x: jax.Array, features: tuple[int, ...]) -> jax.Array:
+    return _shapes.per_feature(name, _inexact(name, v), x.shape, features)
 
 
 def _features(axis: int | Sequence[int], x: jax.Array) -> tuple[int, ...]:
@@ -262,6 +271,8 @@ def _mapped_axes(axis_name, groups):
         return (), None, 1
     names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
     groups = None if groups is None else tuple(tuple(g) for g in groups)
+    if groups is not None and len({len(g) for g in groups}) != 1:
+        raise ValueError(f"axis_index_groups={groups}; expected groups of one size")
     try:
         return names, groups, lax.psum(1, names, axis_index_groups=groups)
     except NameError as e:

@@ -80,6 +80,17 @@ def aligned_mask(mask: jax.Array, shape: Sequence[int], features: tuple[int, ...
     )
 
 
+def flax_mask(mask: jax.Array, shape: Sequence[int]) -> jax.Array:
+    """`mask` of any dtype as Flax reads it: over x by NumPy's rule wherever that fits.
+
+    Where it does not, Flax refuses, and the batch axes are left to `aligned_mask`.
+    """
+    mask = mask.astype(bool)
+    if not _broadcasts(mask.shape, shape):
+        return mask
+    return jnp.expand_dims(mask, tuple(range(len(shape) - mask.ndim)))
+
+
 def _broadcasts(shape: Sequence[int], to: Sequence[int]) -> bool:
     trailing = to[len(to) - len(shape) :]
     return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(shape, trailing, strict=True))

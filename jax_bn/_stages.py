@@ -1,7 +1,7 @@
 """The four stages of batch normalization in jnp: the arithmetic over whole arrays.
 
     forward    moments(x)       --merge over devices-->   normalize(x, mean, rstd, scale, bias)
-    backward   grad_sums(dy, x) ---sum over devices--->   grad_input(dy, x, ..., dbias, dscale)
+    backward   grad_sums(dy, x) ---sum over devices--->   grad_input(dy, x, ..., sums)
 
 `Stages` is what a backend has to provide. The versions here are at once the default backend, the
 definition of what every other one must compute, and the oracle it is tested against. A stage works
@@ -36,22 +36,24 @@ class Stages(NamedTuple):
 
 
 def moments(x, mask, *, axes: Axes, dtype):
-    """count, mean and m2 = sum |x - mean|^2 of each feature. :: [N, C] -> [1, C] three times
+    """count, shift, offset and m2 of each feature. :: [N, C] -> [1, C] four times
+
+    mean = shift + offset, not yet added: the sum rounds at the size of the mean, and to compare the
+    means of two devices takes what that loses. m2 = sum |x - mean|^2.
 
     One sweep: sums of d = x - shift and of |d|^2, with a shift close to the mean, so that the
     difference in m2 cancels next to nothing (Chan, Golub, LeVeque 1983):
 
-        mean = shift + sum(d)/count        m2 = sum |d|^2 - |sum(d)|^2/count
+        offset = sum(d)/count        m2 = sum |d|^2 - |sum(d)|^2/count
     """
     x = x.astype(dtype)
     count = _count(x, mask, axes)
     n = jnp.maximum(count, 1)
-    shift = _shift(x, mask, n, axes)
+    shift = lax.stop_gradient(_shift(x, mask, n, axes))  # no result depends on it
     d = _select(mask, x - shift)
     s = _sum(d, axes)
-    mean = shift + s / n.astype(dtype)
     m2 = _sum(_abs2(d), axes) - _abs2(s) / n
-    return count, mean, jnp.maximum(m2, 0)
+    return count, shift, s / n.astype(dtype), jnp.where(m2 < 0, 0, m2)
 
 
 def normalize(x, mean, rstd, scale, bias, *, dtype):
@@ -69,15 +71,18 @@ def grad_sums(dy, x, mask, mean, rstd, *, axes: Axes):
     return _sum(dy, axes), rstd * _sum(dy * centred(x, mask, mean), axes)
 
 
-def grad_input(dy, x, mask, mean, rstd, scale, dbias, dscale, count):
-    """dx of the final equation, from the sums over all examples. :: [N, C] -> [N, C] in x's dtype
+def grad_input(dy, x, mask, mean, rstd, scale, sums, count):
+    """dx of the final equation. :: [N, C] -> [N, C] in x's dtype
 
-    dx = (scale*rstd/count) * (count*dy - dbias - x_hat*dscale)
+    dx = (rstd/count) * (count*dx_hat - sum(dx_hat) - x_hat*sum(dx_hat*x_hat)),  dx_hat = scale*dy
+
+    `sums` are the two over all examples, scale*dbias and scale*dscale where all share one scale.
     """
-    dy = _select(mask, dy.astype(mean.dtype))
-    n = jnp.maximum(count, 1).astype(mean.dtype)
-    slope = rstd * rstd * jnp.real(_times(dscale, scale)).astype(mean.dtype) / n
-    dx = _times(rstd, scale) * (dy - dbias / n) - slope * jnp.conj(centred(x, mask, mean))
+    n = jnp.maximum(count, 1)
+    dx_hat = _times(_select(mask, dy.astype(mean.dtype)), scale)
+    mean_dx_hat = sums[0] / n.astype(mean.dtype)
+    slope = rstd * (jnp.real(sums[1]) / n).astype(mean.dtype)
+    dx = rstd * (dx_hat - mean_dx_hat - slope * jnp.conj(centred(x, mask, mean)))
     return _select(mask, dx).astype(x.dtype)
 
 
@@ -101,18 +106,18 @@ def _shift(x, mask, n, axes: Axes):
         return _sum(_select(mask, x), axes) / n.astype(x.dtype)
     if not axes:
         return x
-    start = [n // 2 if a in axes else 0 for a, n in enumerate(x.shape)]
-    stop = [start[a] + 1 if a in axes else n for a, n in enumerate(x.shape)]
-    batch = axes[0]
-    start[batch], stop[batch] = 0, min(3, x.shape[batch])
-    rows = [
-        lax.slice_in_dim(lax.slice(x, start, stop), i, i + 1, axis=batch)
-        for i in range(stop[batch])
-    ]
-    if len(rows) < 3:
-        return rows[0]
-    a, b, c = rows
-    return jnp.maximum(jnp.minimum(a, b), jnp.minimum(jnp.maximum(a, b), c))
+    batch, *_ = axes
+
+    def example(i):  # the i-th along the batch axis, in the middle of the other reduced ones
+        start = [size // 2 if a in axes else 0 for a, size in enumerate(x.shape)]
+        start[batch] = min(i, x.shape[batch] - 1)
+        stop = [start[a] + 1 if a in axes else size for a, size in enumerate(x.shape)]
+        # Squeezed: with a batch axis of length 1 the compiler would go on sharding it.
+        return jnp.squeeze(lax.slice(x, start, stop), axes)
+
+    a, b, c = example(0), example(1), example(2)
+    median = jnp.maximum(jnp.minimum(a, b), jnp.minimum(jnp.maximum(a, b), c))
+    return jnp.expand_dims(median, axes)
 
 
 def _sharded(x, axes: Axes) -> bool:

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from functools import partial
 
 import jax
+from jax import lax
 from jax.core import Tracer
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 import numpy as np
 
 
@@ -77,28 +79,33 @@ def merge_stats(*stats: BatchStats) -> BatchStats:
 
 def merge_stacked(stats: BatchStats) -> BatchStats:
     """`merge_stats` of statistics that are stacked along a leading axis. :: [G, ...] -> [...]"""
-    total = partial(jax.tree.map, partial(jnp.sum, axis=0))
+    total = partial(jax.tree.map, partial(jnp.sum, axis=0, keepdims=True))
     count = jnp.asarray(stats.count)
-    count, mean, m2 = merge_moments(count, stats.mean, count * stats.var, total)
-    return BatchStats(mean, m2 / jnp.maximum(count, 1), count)
+    m2 = count * stats.var
+    count, center, offset, m2 = merge_moments(count, 0, stats.mean, m2, total)
+    merged = BatchStats(center + offset, m2 / jnp.maximum(count, 1), count)
+    return jax.tree.map(partial(jnp.squeeze, axis=0), merged)
 
 
-def merge_moments(count, mean, m2, total: Callable):
-    """count, mean and m2 = count*var of all parts together, where `total` sums a tree over them.
+def merge_moments(count, shift, offset, m2, total: Callable):
+    """The moments of all parts together, in the form of `_stages.moments`.
 
-    Two sums, because the second needs the mean that the first gives. One would do with sums of
-    x^2, and would lose all digits where one part's mean is far from the others'.
+    `total` sums a tree over the parts; twice, because what the second sum takes needs the mean that
+    the first gives. One would do with sums of x^2, and would lose all digits where one part's mean
+    is far from the others'.
     """
-    weight = count.astype(mean.dtype)
-    count, weighted = total((count, weight * mean))
-    center = weighted / jnp.maximum(count, 1).astype(mean.dtype)
-    apart = jnp.conj(mean - center) * weight * (mean - center)
-    return count, center, total(m2 + jnp.real(apart))
+    weight = count.astype(offset.dtype)
+    count, weighted = total((count, weight * (shift + offset)))
+    n = jnp.maximum(count, 1)
+    center = lax.stop_gradient(weighted / n.astype(offset.dtype))  # no result depends on it
+    apart = (shift - center) + offset  # exact where the parts are close
+    s, m2 = total((weight * apart, m2 + jnp.real(weight * apart * jnp.conj(apart))))
+    return count, center, s / n.astype(offset.dtype), m2 - jnp.real(s * jnp.conj(s)) / n
 
 
 def update_running_stats(
-    mean: jax.Array,
-    var: jax.Array,
+    mean: ArrayLike,
+    var: ArrayLike,
     stats: BatchStats,
     *,
     momentum: float = 0.99,

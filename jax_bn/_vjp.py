@@ -4,8 +4,8 @@ The way of the data, on each device (a single one: the sums over devices are the
 
     forward    x -> moments -> count_i, mean_i, m2_i -> sum over devices -> count, mean, var, rstd
                x, mean, rstd, scale, bias -> normalize -> y
-    backward   dy, x, mean, rstd -> grad_sums -> dbias_i, dscale_i -> sum over devices
-               dy, x, mean, rstd, scale, dbias, dscale, count -> grad_input -> dx
+    backward   dy, x, mean, rstd -> grad_sums -> dbias_i, dscale_i -> sum over devices -> sums
+               dy, x, mean, rstd, scale, sums, count -> grad_input -> dx
 
 Glossary (* marks an array of x's size, the others hold one number a feature):
 
@@ -45,11 +45,12 @@ _rule: Any = partial(jax.custom_vjp, nondiff_argnums=(0,))  # the Spec is static
 
 def batch_norm(spec: Spec, x, mask, scale, bias, epsilon):
     """All of it. :: x[N, C], scale[1, C], bias[1, C] -> y[N, C]; count, mean, var [1, C]."""
-    count, mean, m2 = _moments(spec, x, mask)
-    count = lax.stop_gradient(count)
+    count, shift, offset, m2 = _moments(spec, x, mask)
+    count, shift = lax.stop_gradient((count, shift))
     if spec.axis_name:
-        count, mean, m2 = _statistics.merge_moments(count, mean, m2, partial(_psum, spec))
-    var = m2 / jnp.maximum(count, 1)
+        total = partial(_psum, spec)
+        count, shift, offset, m2 = _statistics.merge_moments(count, shift, offset, m2, total)
+    mean, var = shift + offset, m2 / jnp.maximum(count, 1)
     # A feature with nothing valid has no x_hat; rstd = 0 makes it 0, so that y = bias and dx = 0.
     rstd = jnp.where(count > 0, lax.rsqrt(var + epsilon), 0).astype(spec.stat_dtype)
     y = _normalize(spec, x, mask, count, mean, rstd, scale, bias)
@@ -61,7 +62,9 @@ def batch_norm(spec: Spec, x, mask, scale, bias, epsilon):
 # `mean` and `rstd` are arguments of `_normalize` and functions of x at once. The rule answers for
 # every way in which x reaches y: its dx is the derivative of the whole batch normalization, and the
 # cotangents of `mean` and `rstd` are None, since nothing is left for them. (They stay
-# differentiable as residuals: so a second derivative, which differentiates this rule, moves them.)
+# differentiable as residuals: so a second derivative, which differentiates this rule, moves them.
+# For the same reason the forward rules call the stages and not the functions with rules, which
+# could not be differentiated forward: `jax.hessian` is forward over reverse.)
 #
 # The derivation, for one feature; x, y, ... are columns of length N, 1 is the column of ones.
 #
@@ -77,8 +80,9 @@ def batch_norm(spec: Spec, x, mask, scale, bias, epsilon):
 #      = rstd (I - 11^T/N - x_hat x_hat^T/N) dx_hat       since 1^T x_hat = 0                (D11)
 #      = (scale*rstd/N) (N dy - 1 dbias - x_hat dscale)   with dx_hat = scale*dy             (D12)
 #
-# With a mask or over several devices N is `count`, the number of valid examples on all devices,
-# and both sums run over these (D15). For complex x the same steps, in JAX's convention (a product's
+# With a mask or over several devices N is `count`, the number of valid examples on all devices, and
+# the sums run over these (D15); of D12 the form before the last step, sums of dx_hat, since devices
+# may have scales of their own. For complex x the same steps, in JAX's convention (a product's
 # cotangent takes no conjugate), give conj(x_hat) Re(scale*dscale) as the last term.
 
 
@@ -89,18 +93,26 @@ def _normalize(spec, x, mask, count, mean, rstd, scale, bias):
 
 
 def _normalize_fwd(spec, x, mask, count, mean, rstd, scale, bias):
-    y = _normalize(spec, x, mask, count, mean, rstd, scale, bias)
+    y = spec.stages.normalize(x, mean, rstd, scale, bias, dtype=spec.y_dtype)
+    if mask is not None:
+        # A higher derivative differentiates this line: none may pass a masked position, and the
+        # NaN that may stand there must not get into those of the scale.
+        valid = spec.stages.normalize(
+            jnp.where(mask, x, 0), mean, rstd, scale, bias, dtype=spec.y_dtype
+        )
+        y = jnp.where(mask, valid, lax.stop_gradient(y))
     return y, (x, mask, count, mean, rstd, scale, bias)
 
 
 def _normalize_bwd(spec, residuals, dy):
     x, mask, count, mean, rstd, scale, bias = residuals
-    local = spec.stages.grad_sums(dy, x, mask, mean, rstd, axes=spec.axes)
-    dbias, dscale = total = _psum(spec, local)
-    dx = spec.stages.grad_input(dy, x, mask, mean, rstd, scale, dbias, dscale, count)
+    here = spec.stages.grad_sums(dy, x, mask, mean, rstd, axes=spec.axes)
+    scaled = here if scale is None else tuple(v * scale for v in here)
+    everywhere, sums = _psum(spec, (here, scaled))
+    dx = spec.stages.grad_input(dy, x, mask, mean, rstd, scale, sums, count)
     dbias, dscale = (
-        None if primal is None else _cotangent_of(primal, here, everywhere, spec.axis_name)
-        for primal, here, everywhere in zip((bias, scale), local, total, strict=True)
+        None if primal is None else _cotangent_of(primal, local, total, spec.axis_name)
+        for primal, local, total in zip((bias, scale), here, everywhere, strict=True)
     )
     return _cotangent_of(x, dx), None, None, None, None, dscale, dbias
 
@@ -121,14 +133,14 @@ def _moments(spec, x, mask):
 
 
 def _moments_fwd(spec, x, mask):
-    count, mean, m2 = _moments(spec, x, mask)
-    return (count, mean, m2), (x, mask, count, mean)
+    count, shift, offset, m2 = spec.stages.moments(x, mask, axes=spec.axes, dtype=spec.stat_dtype)
+    return (count, shift, offset, m2), (x, mask, count, shift + offset)
 
 
 def _moments_bwd(spec, residuals, cotangents):
     del spec
     x, mask, count, mean = residuals
-    _, dmean, dm2 = cotangents
+    _, _, dmean, dm2 = cotangents  # that of the offset is that of the mean
     n, dm2 = jnp.maximum(count, 1).astype(mean.dtype), dm2.astype(mean.dtype)
     dx = dmean / n + 2 * dm2 * jnp.conj(_stages.centred(x, mask, mean))
     return (dx if mask is None else jnp.where(mask, dx, 0)).astype(x.dtype), None

@@ -8,8 +8,8 @@ from flax.linen import dtypes
 import jax
 import jax.numpy as jnp
 
-from jax_bn import _shapes
 from jax_bn._batch_norm import batch_norm, normalize
+from jax_bn._shapes import feature_axes, flax_mask
 from jax_bn._statistics import update_running_stats
 
 
@@ -23,8 +23,10 @@ class BatchNorm(nn.Module):
 
     What differs: the variance is stable whatever `use_fast_variance` says; statistics are in
     float32 at least even with `force_float32_reductions=False`, which then only sets the dtype of
-    the variables; a mask and unequal devices are weighed by count, a feature that a mask hides
-    wholly leaves its running averages as they are, and masked positions carry no gradient.
+    the variables; these keep their dtype, where Flax widens them in the first step (for float64
+    averages set `param_dtype` to it as well); a mask and unequal devices are weighed by count, a
+    feature that a mask hides wholly leaves its running averages as they are, and masked positions
+    carry no gradient; complex x with a real `dtype` is an error.
 
     Attributes:
         use_running_average: evaluation if True; here or in the call, not both.
@@ -72,17 +74,18 @@ class BatchNorm(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: jax.Array,
+        x: jax.typing.ArrayLike,
         use_running_average: bool | None = None,
         *,
-        mask: jax.Array | None = None,
+        mask: jax.typing.ArrayLike | None = None,
     ) -> jax.Array:
         """Normalizes x; in training also updates the running averages.
 
         Args:
             x: any rank from 1 up.
             use_running_average: as the field; given in exactly one of the two places.
-            mask: which examples count; 0/1 of any dtype; see `jax_bn.batch_norm`.
+            mask: which examples count, 0/1 of any dtype; broadcasts to x as in Flax, or else to
+                its batch axes; see `jax_bn.batch_norm`.
 
         Returns:
             y, of x's shape.
@@ -91,7 +94,7 @@ class BatchNorm(nn.Module):
             "use_running_average", self.use_running_average, use_running_average
         )
         x = jnp.asarray(x)
-        shape = tuple(x.shape[a] for a in _shapes.feature_axes(self.axis, x.ndim))
+        shape = tuple(x.shape[a] for a in feature_axes(self.axis, x.ndim))
         stat_dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
         mean = self.variable("batch_stats", "mean", jnp.zeros, shape, stat_dtype)
         var = self.variable("batch_stats", "var", jnp.ones, shape, stat_dtype)
@@ -115,7 +118,7 @@ class BatchNorm(nn.Module):
             x,
             scale,
             bias,
-            mask=None if mask is None else jnp.asarray(mask).astype(bool),
+            mask=None if mask is None else flax_mask(jnp.asarray(mask), x.shape),
             axis_name=None if initializing else self.axis_name,
             axis_index_groups=None if initializing else self.axis_index_groups,
             **common,

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jax_bn._batch_norm import batch_norm, normalize
-from jax_bn._shapes import feature_axes
+from jax_bn._shapes import feature_axes, flax_mask
 from jax_bn._statistics import update_running_stats
 
 
@@ -56,7 +56,7 @@ class BatchNorm(nnx.Module):
         >>> layer(x).round(3)[:, 0].tolist(), layer.mean[...]
         ([-1.0, 1.0], Array([0.2], dtype=float32))
         >>> layer.eval()
-        >>> print(layer(x)[:, 0])
+        >>> print(layer(x).round(3)[:, 0])
         [0.8 2.8]
     """
 
@@ -111,17 +111,18 @@ class BatchNorm(nnx.Module):
 
     def __call__(
         self,
-        x: jax.Array,
+        x: jax.typing.ArrayLike,
         use_running_average: bool | None = None,
         *,
-        mask: jax.Array | None = None,
+        mask: jax.typing.ArrayLike | None = None,
     ) -> jax.Array:
         """Normalizes x; in training also updates the running averages.
 
         Args:
             x: any rank from 1 up, `num_features` long on `axis`.
             use_running_average: wins over the attribute.
-            mask: which examples count; 0/1 of any dtype; see `jax_bn.batch_norm`.
+            mask: which examples count, 0/1 of any dtype; broadcasts to x as in Flax, or else to
+                its batch axes; see `jax_bn.batch_norm`.
 
         Returns:
             y, of x's shape.
@@ -143,15 +144,19 @@ class BatchNorm(nnx.Module):
         mean, var = self.mean[...], self.var[...]
         scale = None if self.scale is None else self.scale[...]
         bias = None if self.bias is None else self.bias[...]
-        promoted = self.promote_dtype((x, mean, var, scale, bias), dtype=self.dtype)
-        common: dict[str, Any] = dict(axis=self.axis, epsilon=self.epsilon, dtype=promoted[0].dtype)
+        px, _, _, pscale, pbias = self.promote_dtype((x, mean, var, scale, bias), dtype=self.dtype)
+        common: dict[str, Any] = dict(
+            axis=self.axis,
+            epsilon=self.epsilon,
+            dtype=dtypes.canonicalize_dtype(px, pscale, pbias, dtype=self.dtype),
+        )
         if use_running_average:
             return normalize(x, mean, var, scale, bias, **common)
         y, stats = batch_norm(
             x,
             scale,
             bias,
-            mask=None if mask is None else jnp.asarray(mask).astype(bool),
+            mask=None if mask is None else flax_mask(jnp.asarray(mask), x.shape),
             axis_name=self.axis_name,
             axis_index_groups=self.axis_index_groups,
             **common,

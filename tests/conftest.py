@@ -1,5 +1,8 @@
-"""Strict settings for every test. Float64 is switched on where a test asks for it (`jax.enable_x64`),
-so that all others run in the precision of users."""
+"""Strict settings for every test.
+
+Float64 is switched on where a test asks for it (`jax.enable_x64`), so that all others run in the
+precision of users.
+"""
 
 import jax
 

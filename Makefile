@@ -1,0 +1,32 @@
+# `make demo` and `make test` need Python, git and make; each makes its environment first.
+PYTHON ?= python3
+VENV ?= .venv
+WORKERS ?= 2  # pytest processes
+RUN := $(VENV)/bin/python
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/ready
+	$(RUN) examples/train_digits.py --out out/demo.png
+
+# The second process has eight CPU devices, which have to be asked for before JAX starts.
+test: $(VENV)/ready
+	$(RUN) -m pytest -n $(WORKERS) tests
+	$(RUN) -m pytest tests/devices
+	$(RUN) -m pytest --doctest-modules jax_bn
+
+lint: $(VENV)/ready
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m pyright --pythonpath $(RUN)
+
+$(VENV)/ready: pyproject.toml
+	@$(PYTHON) -c "import sys; sys.exit(None if sys.version_info >= (3, 11) else \
+	  'jax_bn needs Python 3.11 or later; name one: make PYTHON=python3.12 ...')"
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip
+	$(RUN) -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv* out dist

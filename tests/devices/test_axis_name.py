@@ -1,0 +1,242 @@
+"""`axis_name`: in every mode what JAX gives for the definition written with `lax.psum`.
+
+The same function of one device's share runs under `vmap`, `pmap` and both kinds of `shard_map`,
+with our batch norm and with `reference.batch_norm`; gradients are taken inside and outside.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, PartitionSpec as P
+import numpy as np
+import pytest
+from tolerance import assert_as_accurate, in_float64
+
+import jax_bn
+
+N, C = 6, 4  # examples on one device, features
+OURS, DEFINITION = jax_bn.batch_norm, jax_bn.reference.batch_norm
+
+
+def share(batch_norm, x, valid, scale, bias, **options):
+    """The loss of one device and its y; the statistics count in the loss."""
+    y, stats = batch_norm(x, scale, bias, axis_name="i", mask=valid, **options)
+    mean, var, count = jax.tree.leaves(stats)
+    local = jnp.sum(jnp.sin(y) * (1 + y)) + jnp.sum(jnp.cos(mean) * var)
+    return local, (y, mean, var, jnp.asarray(count))
+
+
+def by_vmap(f, devices, varying):
+    return jax.vmap(f, in_axes=(0, 0, None, None), axis_name="i")
+
+
+def by_pmap(f, devices, varying):
+    return jax.pmap(f, in_axes=(0, 0, None, None), axis_name="i", devices=devices)
+
+
+def by_shard_map(f, devices, varying, *, check_vma):
+    """`varying`: a tree like f's results, True where they differ between devices."""
+    mesh = jax.make_mesh((len(devices),), ("i",), (AxisType.Auto,), devices=devices)
+
+    def local(x, valid, scale, bias):
+        results = f(x[0], None if valid is None else valid[0], scale, bias)
+        # without tracking every device returns its own
+        return jax.tree.map(lambda r, v: r[None] if v else r, results, stacked)
+
+    stacked = jax.tree.map(lambda v: v or not check_vma, varying)
+    out_specs = jax.tree.map(lambda s: P("i") if s else P(), stacked)
+    in_specs = P("i"), P("i"), P(), P()
+    return jax.jit(
+        jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma)
+    )
+
+
+MODES = {
+    "vmap": by_vmap,
+    "pmap": by_pmap,
+    "shard_map": partial(by_shard_map, check_vma=True),
+    "shard_map without check_vma": partial(by_shard_map, check_vma=False),
+}
+VARYING = (True, (True, False, False, False))  # of what `share` returns
+
+
+def arrays(masked=False, devices=8):
+    random = np.random.default_rng(0)
+    # Devices with very different means and, masked, with very different counts; one has nothing.
+    x = random.normal(size=(devices, N, C)) + 10 * np.arange(devices)[:, None, None]
+    valid = np.arange(N) < np.arange(devices)[:, None] if masked else None
+    scale, bias = random.normal(size=(2, C))
+    x, scale, bias = (np.asarray(v, np.float32) for v in (x, scale, bias))
+    return x, None if valid is None else valid[..., None], scale, bias
+
+
+def compare(of, *args, examples):
+    """`of` builds the mapped function for one implementation."""
+    ours, plain = of(OURS), of(DEFINITION)
+    assert_as_accurate(ours(*args), plain(*args), in_float64(plain, *args), examples)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all valid", "masked"])
+@pytest.mark.parametrize("mode", MODES)
+def test_gradient_inside(mode, masked, devices):
+    """Each device differentiates its own share."""
+
+    def of(batch_norm):
+        def f(x, valid, scale, bias):
+            loss = partial(share, batch_norm)
+            return jax.grad(loss, argnums=(0, 2, 3), has_aux=True)(x, valid, scale, bias)
+
+        # a scale that all devices share has one gradient where JAX tracks that
+        return MODES[mode](f, devices, ((True, False, False), VARYING[1]))
+
+    compare(of, *arrays(masked), examples=N * 8)
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["all valid", "masked"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("order", [1, 2])
+def test_gradient_outside(mode, masked, order, devices):
+    """The sum of all shares is differentiated, as in a training loop around the mapped function."""
+
+    def of(batch_norm):
+        mapped = MODES[mode](partial(share, batch_norm), devices, VARYING)
+
+        def total(params, valid):
+            x, scale, bias = params
+            loss, (y, mean, _, _) = mapped(x, valid, scale, bias)
+            # of each statistic one copy, wherever the mode keeps eight
+            return jnp.sum(loss) + jnp.sum(y**3) + jnp.sum(mean.reshape(-1, C)[0] ** 2)
+
+        def penalty(params, valid):
+            return sum(jnp.sum(g**2) for g in jax.grad(total)(params, valid))
+
+        return jax.grad({1: total, 2: penalty}[order])
+
+    x, valid, scale, bias = arrays(masked)
+    compare(of, (x, scale, bias), valid, examples=N * 8)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_equal_shards_are_the_whole_batch(mode, devices):
+    x, _, scale, bias = arrays()
+    mapped = MODES[mode](partial(share, OURS), devices, VARYING)
+    _, (y, mean, var, count) = mapped(x, None, scale, bias)
+
+    def whole(x, scale, bias):
+        return jax.tree.leaves(DEFINITION(x.reshape(-1, C), scale, bias))
+
+    actual = y.reshape(-1, C), *(v.reshape(-1, C)[0] for v in (mean, var, count))
+    oracle = in_float64(whole, x, scale, bias)
+    assert_as_accurate(list(actual), whole(x, scale, bias), oracle, examples=N * 8)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_devices_far_apart_do_not_cancel(mode, devices):
+    """|mean|/std is 1e4: a sum of x^2 over devices would lose all of the variance."""
+    x = 1e4 + np.random.default_rng(0).normal(size=(8, 512, C))
+    x = np.asarray(x, np.float32)
+    mapped = MODES[mode](partial(share, OURS), devices, VARYING)
+    _, (_, _, var, _) = mapped(x, None, None, None)
+    exact = x.reshape(-1, C).astype(np.float64).var(0)
+    np.testing.assert_allclose(
+        var.reshape(-1, C)[0], exact, rtol=8 * float(np.finfo(np.float32).eps), atol=0
+    )
+
+
+def test_unmapped_statistics_of_vmap():
+    """Statistics of all examples belong to none: `out_axes=None` takes them, as for Flax."""
+    x, valid, scale, bias = arrays(masked=True)
+    f = partial(share, OURS)
+    mapped = jax.vmap(f, (0, 0, None, None), (0, (0, None, None, None)), axis_name="i")
+    _, (_, mean, _, count) = mapped(x, valid, scale, bias)
+    assert mean.shape == count.shape == (C,)
+
+    def of(batch_norm):
+        def total(x):
+            f = partial(share, batch_norm)
+            mapped = jax.vmap(f, (0, 0, None, None), (0, (0, None, None, None)), axis_name="i")
+            _, (_, mean, var, _) = mapped(x, valid, scale, bias)
+            return jnp.sum(mean**2 * var)
+
+        return jax.grad(total)
+
+    compare(of, x, examples=N * 8)
+
+
+@pytest.mark.parametrize("names", [("i", "j"), ("j",)], ids=["both axes", "one axis"])
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("scale_spec", [P(), P("j")], ids=["shared scale", "scale along j"])
+def test_mesh_of_two_axes(names, check_vma, scale_spec, devices):
+    mesh = jax.make_mesh((2, 4), ("i", "j"), (AxisType.Auto,) * 2, devices=devices)
+    x, _, scale, bias = arrays()
+    if scale_spec == P("j"):
+        scale, bias = (np.stack([v, 2 * v, 3 * v, 4 * v]) for v in (scale, bias))
+
+    def of(batch_norm):
+        def local(x, scale, bias):
+            def loss(x, scale, bias):
+                y, stats = batch_norm(x, scale.reshape(C), bias.reshape(C), axis_name=names)
+                mean, var, _ = jax.tree.leaves(stats)
+                return jnp.sum(jnp.sin(y) * (1 + y)) + jnp.sum(mean * var)
+
+            dx, dscale, dbias = jax.grad(loss, argnums=(0, 1, 2))(x[0], scale, bias)
+            if check_vma:
+                return dx[None], dscale, dbias
+            return dx[None], dscale[None], dbias[None]
+
+        per_device = scale_spec if check_vma else P(("i", "j"))
+        specs = P(("i", "j")), scale_spec, scale_spec
+        out_specs = P(("i", "j")), per_device, per_device
+        return jax.jit(
+            jax.shard_map(
+                local, mesh=mesh, in_specs=specs, out_specs=out_specs, check_vma=check_vma
+            )
+        )
+
+    compare(of, x, scale, bias, examples=N * 8)
+
+
+@pytest.mark.parametrize("mode", ["pmap", "shard_map without check_vma"])
+def test_groups(mode, devices):
+    groups = [[0, 1, 2, 3], [4, 5, 6, 7]]
+    x, valid, scale, bias = arrays(masked=True)
+
+    def of(batch_norm):
+        f = partial(share, batch_norm, axis_index_groups=groups)
+        return MODES[mode](f, devices, (True, (True,) * 4))
+
+    compare(of, x, valid, scale, bias, examples=N * 4)
+
+
+@pytest.mark.parametrize("mode", ["vmap", "shard_map"])
+def test_groups_where_jax_has_none(mode, devices):
+    f = partial(share, OURS, axis_index_groups=[[0, 1, 2, 3], [4, 5, 6, 7]])
+    with pytest.raises(NotImplementedError, match=r"axis_index_groups.*check_vma=False"):
+        MODES[mode](f, devices, (True, (True,) * 4))(*arrays())
+
+
+def test_groups_of_unequal_size(devices):
+    f = partial(share, OURS, axis_index_groups=[[0, 1, 2], [3, 4, 5, 6, 7]])
+    with pytest.raises(ValueError, match="axis_index_groups"):
+        MODES["pmap"](f, devices, (True, (True,) * 4))(*arrays())
+
+
+def test_an_axis_name_that_is_not_bound(devices):
+    def f(x, valid, scale, bias):
+        return OURS(x, scale, bias, axis_name="j")[0]
+
+    with pytest.raises(ValueError, match="axis_name='j' is not bound here"):
+        MODES["shard_map"](f, devices, True)(*arrays())
+
+
+def test_virtual_batches_across_devices(devices):
+    """The runs at the same place on all devices form one group."""
+    x, _, scale, bias = arrays()
+    f = partial(share, OURS, virtual_batch_size=2)
+    _, (y, _, var, _) = MODES["shard_map"](f, devices, VARYING)(x, None, scale, bias)
+    for i in range(0, N, 2):
+        group = x[:, i : i + 2].reshape(-1, C)
+        expected, _ = DEFINITION(group, scale, bias)
+        np.testing.assert_allclose(y[:, i : i + 2].reshape(-1, C), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(var, x.reshape(-1, C).var(0), rtol=1e-5)

@@ -1,0 +1,76 @@
+"""The order of imports, and what importing the package does not import."""
+
+import ast
+from pathlib import Path
+import subprocess
+import sys
+
+import jax_bn
+
+PACKAGE = Path(str(jax_bn.__file__)).parent
+MAY_IMPORT = {  # of this package; downward only
+    "__init__": {"_batch_norm", "_statistics", "reference"},
+    "linen": {"_batch_norm", "_shapes", "_statistics"},
+    "nnx": {"_batch_norm", "_shapes", "_statistics"},
+    "_batch_norm": {"_shapes", "_stages", "_statistics", "_vjp"},
+    "_vjp": {"_stages", "_statistics"},
+    "_statistics": set(),
+    "_stages": {"_shapes"},
+    "_shapes": set(),
+    "reference": set(),
+}
+MAY_IMPORT_FLAX = {"linen", "nnx"}
+
+
+def imported(path):
+    """Dotted names of all modules that a file imports, at any depth of the code."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, f"{path.name}: relative import"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def test_imports_point_downward():
+    files = {path.stem: path for path in PACKAGE.glob("*.py")}
+    assert files.keys() == MAY_IMPORT.keys()
+    for name, path in files.items():
+        ours = {m.split(".")[1] for m in imported(path) if m.startswith("jax_bn.")}
+        modules = ours & files.keys()
+        assert modules <= MAY_IMPORT[name], f"{name} imports {modules - MAY_IMPORT[name]}"
+        uses_flax = any(m.split(".")[0] == "flax" for m in imported(path))
+        assert uses_flax <= (name in MAY_IMPORT_FLAX), f"{name} imports flax"
+
+
+def test_layers_do_no_arithmetic():
+    for name in MAY_IMPORT_FLAX:
+        tree = ast.parse((PACKAGE / f"{name}.py").read_text())
+        annotations = {
+            id(inner)
+            for node in ast.walk(tree)
+            for field in ("annotation", "returns")
+            if getattr(node, field, None) is not None
+            for inner in ast.walk(getattr(node, field))
+        }
+        found = [
+            ast.unparse(node)
+            for node in ast.walk(tree)
+            if isinstance(node, (ast.BinOp, ast.AugAssign)) and id(node) not in annotations
+        ]
+        assert not found, f"{name}.py computes {found}"
+
+
+def test_files_stay_small():
+    for path in PACKAGE.rglob("*.py"):
+        assert len(path.read_text().splitlines()) <= 320, f"{path.name} is too long"
+
+
+def test_importing_jax_bn_imports_neither_flax_nor_pallas():
+    code = (
+        "import jax_bn, sys\n"
+        "assert 'flax' not in sys.modules\n"
+        "assert not [m for m in sys.modules if 'pallas' in m]\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
