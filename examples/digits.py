@@ -105,13 +105,13 @@ class Trainer(NamedTuple):
     graphdef: nnx.GraphDef
     optimizer: optax.GradientTransformation
 
-    def loss(self, params, batch_stats, batch: Images):
+    def loss(self, params, batch_stats, batch):
         """The mean cross entropy of one batch, and the running averages after it."""
         model = nnx.merge(self.graphdef, params, batch_stats, copy=True)
         losses = optax.softmax_cross_entropy_with_integer_labels(model(batch.images), batch.labels)
         return losses.mean(), nnx.state(model, nnx.BatchStat)
 
-    def step(self, state: TrainState, batch: Images) -> tuple[TrainState, jax.Array]:
+    def step(self, state: TrainState, batch) -> tuple[TrainState, jax.Array]:
         """One update; returns the loss before it."""
         params, batch_stats, opt_state = state
         (loss, batch_stats), grads = jax.value_and_grad(self.loss, has_aux=True)(

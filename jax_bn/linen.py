@@ -1,6 +1,7 @@
 """The Flax Linen layer: fields, variables, one call. The arithmetic is in `batch_norm`."""
 
 from collections.abc import Sequence
+import dataclasses
 from typing import Any
 
 from flax import linen as nn
@@ -41,6 +42,8 @@ class BatchNorm(nn.Module):
             initializing, when they need not exist.
         use_fast_variance: accepted for Flax's sake; both values give the same stable variance.
         force_float32_reductions: dtype of the running averages: float32, or `param_dtype` if False.
+        virtual_batch_size: examples that share statistics in training, None for all; keyword only,
+            not in Flax; ignored while initializing.
 
     Variables: collection `batch_stats` with `mean` and `var`, params `scale` and `bias`, each of
     the shape of the feature axes.
@@ -70,6 +73,7 @@ class BatchNorm(nn.Module):
     axis_index_groups: Any = None
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
+    virtual_batch_size: int | None = dataclasses.field(default=None, kw_only=True)
 
     @nn.compact
     def __call__(
@@ -121,6 +125,7 @@ class BatchNorm(nn.Module):
             mask=None if mask is None else flax_mask(jnp.asarray(mask), x.shape),
             axis_name=None if initializing else self.axis_name,
             axis_index_groups=None if initializing else self.axis_index_groups,
+            virtual_batch_size=None if initializing else self.virtual_batch_size,
             **common,
         )
         if not initializing:

@@ -43,6 +43,7 @@ class BatchNorm(nnx.Module):
         promote_dtype: decides the dtype of y from `(x, mean, var, scale, bias)` and `dtype`.
         rngs: its `params` stream is drawn for the scale, then for the bias.
         bias_metadata, scale_metadata: for the `nnx.Param`s.
+        virtual_batch_size: examples that share statistics in training, None for all; not in Flax.
 
     Variables: `mean` and `var` (`nnx.BatchStat`, float32), `scale` and `bias` (`nnx.Param` or
     None), each of shape `(num_features,)`.
@@ -81,6 +82,7 @@ class BatchNorm(nnx.Module):
         rngs: nnx.Rngs,
         bias_metadata: Mapping[str, Any] = MappingProxyType({}),
         scale_metadata: Mapping[str, Any] = MappingProxyType({}),
+        virtual_batch_size: int | None = None,
     ):
         shape = (num_features,)
         self.mean = nnx.BatchStat(jnp.zeros(shape, jnp.float32))
@@ -108,6 +110,7 @@ class BatchNorm(nnx.Module):
         self.axis_index_groups = axis_index_groups
         self.use_fast_variance = use_fast_variance
         self.promote_dtype = promote_dtype
+        self.virtual_batch_size = virtual_batch_size
 
     def __call__(
         self,
@@ -159,6 +162,7 @@ class BatchNorm(nnx.Module):
             mask=None if mask is None else flax_mask(jnp.asarray(mask), x.shape),
             axis_name=self.axis_name,
             axis_index_groups=self.axis_index_groups,
+            virtual_batch_size=self.virtual_batch_size,
             **common,
         )
         # No gradient flows through the averages, as in Flax: a variable is no place for a tracer.

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from tolerance import assert_as_accurate, in_float64
 
-from jax_bn import reference
+from jax_bn import batch_norm, reference
 
 BF16 = jnp.bfloat16
 
@@ -142,6 +142,28 @@ class LayerContract:
             chex.assert_trees_all_equal(
                 apply(variables, x, mask.astype(dtype)), apply(variables, x, mask)
             )
+
+    def test_a_mask_that_flax_refuses_may_be_over_the_batch_axes(self):
+        variables, x, _, mask = self.arrays(Case(mask=(6, 1)))
+        apply = jax.jit(partial(self.applied(self.ours), train=True))
+        chex.assert_trees_all_equal(apply(variables, x, mask[:, 0]), apply(variables, x, mask))
+        with pytest.raises((TypeError, ValueError), match="broadcast"):
+            self.applied(self.flax)(variables, x, mask[:, 0], train=True)
+        with pytest.raises(ValueError, match=r"mask has shape \(5,\); expected"):
+            self.applied(self.ours)(variables, x, mask[:5, 0], train=True)
+
+    def test_virtual_batches(self):
+        """Each pair of examples has its own statistics; the averages see the whole batch."""
+        variables, x, _, _ = self.arrays(Case())
+        scale, bias = variables["params"]["scale"], variables["params"]["bias"]
+        apply = jax.jit(partial(self.applied(self.ours, virtual_batch_size=2), train=True))
+        y, stats = apply(variables, x, None)
+        expected, _ = jax.jit(partial(batch_norm, virtual_batch_size=2))(x, scale, bias)
+        chex.assert_trees_all_equal(y, expected)
+        _, whole = jax.jit(partial(self.applied(self.ours), train=True))(variables, x, None)
+        chex.assert_trees_all_close(stats, whole, rtol=1e-5)
+        with pytest.raises(ValueError, match="virtual_batch_size=4 does not divide"):
+            self.applied(self.ours, virtual_batch_size=4)(variables, x, None, train=True)
 
     def test_nan_under_a_mask_reaches_nothing_else(self):
         args = self.arrays(Case(mask=(6, 4)))
