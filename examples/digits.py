@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from sklearn.datasets import load_digits
 
 CLASSES = 10
 
@@ -28,6 +27,8 @@ class Images(NamedTuple):
 
 def load_split(seed: int) -> tuple[Images, Images]:
     """The training set, four fifths of the data, and the test set, one fifth; drawn by `seed`."""
+    from sklearn.datasets import load_digits  # here, for it takes a second, and `--help` needs none
+
     data: Any = load_digits()
     images = data.images[..., None].astype(np.float32) / 16  # pixels count from 0 to 16
     labels = data.target.astype(np.int32)

@@ -189,6 +189,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.json:
         settings = {k: v for k, v in vars(args).items() if k not in ("out", "json")}
         report = {
+            "date": time.strftime("%Y-%m-%d"),
             "device": jax.devices()[0].device_kind,
             "python": platform.python_version(),
             "jax": jax.__version__,

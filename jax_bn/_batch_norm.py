@@ -1,4 +1,4 @@
-"""START HERE. The public functions: their contract, their checks, and the call into the rule.
+"""START HERE. The public functions: their contract, and the call into the rule.
 
 batch_norm -> _vjp.batch_norm -> _stages     normalizes with the statistics of the batch
 normalize  -> _stages.normalize              normalizes with given statistics (evaluation)
@@ -7,18 +7,15 @@ normalize  -> _stages.normalize              normalizes with given statistics (e
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-import math
 import operator
-from typing import Any
 
 import jax
 from jax import lax
-from jax.core import Tracer
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 import numpy as np
 
-from jax_bn import _shapes, _stages, _vjp
+from jax_bn import _arguments, _shapes, _stages, _vjp
 from jax_bn._statistics import BatchStats, merge_stacked
 
 
@@ -47,11 +44,11 @@ def batch_norm(
              + dmean/N + 2*dvar*(x - mean)/N          where the loss uses the statistics themselves
 
     Args:
-        x: of rank 1 or more; any float or complex dtype. Integers are taken as float32.
+        x: of rank 1 or more; any float or complex dtype. Integers and bools are taken as float32.
         scale, bias: shape of the feature axes of x, in ascending order; any dtype. None leaves the
             step out.
         axis: the feature axis or axes; all others are reduced.
-        epsilon: added to the variance; at least 0, in the units of x squared.
+        epsilon: added to the variance; at least 0, in the units of x squared; static.
         mask: which examples are valid: bool or integers 0 and 1, broadcasting to the batch axes of
             x (x without its feature axes) or to x. Statistics and gradients are those of the valid
             examples alone. y is computed everywhere, but carries no gradient where masked, and what
@@ -75,7 +72,8 @@ def batch_norm(
             to reduce, a negative epsilon, a `dtype` that is not inexact or would drop the imaginary
             part of y, a mask that does not broadcast, an `axis_name` that is not bound, groups
             without an `axis_name`, a virtual batch size that does not divide the batch.
-        TypeError: a bool x, an axis that is no integer, a mask of floats.
+        TypeError: an axis or a virtual batch size that is no integer, an epsilon that is no number
+            known while tracing, a mask of floats, keys or strings for x.
         NotImplementedError: `axis_index_groups` where JAX has none.
 
     One example a feature (N = 1) is legal and teaches nothing: x_hat = 0, so y = bias and dx = 0.
@@ -83,14 +81,17 @@ def batch_norm(
     Precision: all arithmetic is in T, the widest of float32 and the dtypes of x, scale, bias and
     `dtype`. The variance takes one sweep over x, shifted by the median k of three examples; its
     relative error is at most c*eps(T)*(1 + (k - mean)^2/var), with c the growth of a sum of N terms
-    (about sqrt(N) at worst, a few units where XLA sums in blocks). The shift is a few std from the
-    mean, wherever the mean is: unlike E[x^2] - E[x]^2, whose error grows with (mean/std)^2. y and
-    dx then err by eps(T)*|mean|/std, the rounding of the mean itself, beyond a few ulps.
+    (about sqrt(N) at worst, a few units where XLA sums in blocks). For examples in no special order
+    k is within a few std of the mean, wherever the mean is: unlike E[x^2] - E[x]^2, whose error
+    grows with (mean/std)^2. At worst, where two of the first three are the only outliers, it is
+    sqrt(N/2) std away. With a mask, with complex x, and where x's type says that its batch axis is
+    sharded, k is the mean itself, for a second sweep. y and dx then err by eps(T)*|mean|/std, the
+    rounding of the mean itself, beyond a few ulps.
 
     Differentiable in x, scale and bias, in y and in the statistics: reverse mode to any order,
-    exact. Kept between forward and backward: x, and six numbers a feature. Forward mode (`jax.jvp`)
-    of the first derivative is not available, as for every `jax.custom_vjp`; forward over reverse
-    (`jax.hessian`) is.
+    exact. Kept between forward and backward: x, the mask, and a few numbers a feature. Forward mode
+    (`jax.jvp`) of the function itself raises JAX's TypeError, as for every `jax.custom_vjp`;
+    forward over reverse (`jax.hessian`) works, and `jax_bn.reference.batch_norm` does both.
 
     A feature with no valid example has count 0, mean 0, var 0, y = bias and no gradient.
 
@@ -116,8 +117,8 @@ def batch_norm(
         >>> bool(jnp.abs(dx.sum()) < 1e-6)  # orthogonal to constants
         True
     """
-    x = _inexact("x", x)
-    features = _features(axis, x)
+    x = _arguments.inexact("x", x)
+    features = _shapes.feature_axes(axis, x.ndim)
     reduced = _shapes.reduced_axes(features, x.ndim)
     examples = _shapes.size(x.shape, reduced)
     if examples == 0:
@@ -125,15 +126,15 @@ def batch_norm(
             f"x has shape {x.shape}: no examples to take statistics of along the reduced axes "
             f"{reduced}; expected at least one"
         )
-    _check_epsilon(epsilon)
-    y_dtype = _y_dtype(dtype, x)
-    scale = None if scale is None else _per_feature("scale", scale, x, features)
-    bias = None if bias is None else _per_feature("bias", bias, x, features)
+    epsilon = _arguments.static_epsilon(epsilon)
+    y_dtype = _arguments.dtype_of_y(dtype, x)
+    scale = None if scale is None else _arguments.per_feature("scale", scale, x, features)
+    bias = None if bias is None else _arguments.per_feature("bias", bias, x, features)
     if mask is not None:
         mask = _shapes.aligned_mask(jnp.asarray(mask), x.shape, features)
-    names, groups, devices = _mapped_axes(axis_name, axis_index_groups)
-    stat_dtype = _arithmetic_dtype(y_dtype, x, scale, bias)
-    x, scale, bias = _in_arithmetic(stat_dtype, x, scale, bias)
+    names, groups, devices = _arguments.mapped_axes(axis_name, axis_index_groups)
+    stat_dtype = _arguments.arithmetic_dtype(y_dtype, x, scale, bias)
+    x, scale, bias = _arguments.in_arithmetic(stat_dtype, x, scale, bias)
     spec = _vjp.Spec(reduced, stat_dtype, y_dtype, names, groups)
 
     def one_batch(x, mask):
@@ -141,18 +142,10 @@ def batch_norm(
         count = jnp.broadcast_to(count, mean.shape)
         return y, BatchStats(*(jnp.squeeze(v, reduced) for v in (mean, var, count)))
 
-    try:
-        if virtual_batch_size is None:
-            y, stats = one_batch(x, mask)
-        else:
-            y, stats = _in_virtual_batches(one_batch, x, mask, reduced, virtual_batch_size)
-    except NotImplementedError as e:
-        if groups is None:
-            raise
-        raise NotImplementedError(
-            "axis_index_groups: JAX has no groups under vmap and shard_map(check_vma=True). Use "
-            "shard_map(check_vma=False) or pmap, or two mesh axes, one of which is axis_name"
-        ) from e
+    if virtual_batch_size is None:
+        y, stats = one_batch(x, mask)
+    else:
+        y, stats = _in_virtual_batches(one_batch, x, mask, reduced, virtual_batch_size)
     if mask is None:
         # The count is known while tracing. Kept so, it lets `update_running_stats` refuse 1.
         known = np.full(stats.count.shape, examples * devices, stats.count.dtype)
@@ -202,56 +195,47 @@ def normalize(
         >>> jax_bn.normalize(x, mean, var, epsilon=0.0).item()
         2.0
     """
-    x = _inexact("x", x)
-    features = _features(axis, x)
-    _check_epsilon(epsilon)
-    y_dtype = _y_dtype(dtype, x)
+    x = _arguments.inexact("x", x)
+    features = _shapes.feature_axes(axis, x.ndim)
+    epsilon = _arguments.static_epsilon(epsilon)
+    y_dtype = _arguments.dtype_of_y(dtype, x)
     if mean is None or var is None:
         raise TypeError("mean or var is None; expected both (batch_norm computes them from x)")
-    mean = _per_feature("mean", mean, x, features)
-    var = _per_feature("var", var, x, features)
-    scale = None if scale is None else _per_feature("scale", scale, x, features)
-    bias = None if bias is None else _per_feature("bias", bias, x, features)
+    mean = _arguments.per_feature("mean", mean, x, features)
+    var = _arguments.per_feature("var", var, x, features)
+    scale = None if scale is None else _arguments.per_feature("scale", scale, x, features)
+    bias = None if bias is None else _arguments.per_feature("bias", bias, x, features)
     if jnp.iscomplexobj(var):
         raise TypeError(f"var has dtype {var.dtype}; a variance is real: pass var.real")
-    wide = _arithmetic_dtype(y_dtype, x, mean, var, scale, bias)
-    x, mean, scale, bias = _in_arithmetic(wide, x, mean, scale, bias)
+    wide = _arguments.arithmetic_dtype(y_dtype, x, mean, var, scale, bias)
+    x, mean, scale, bias = _arguments.in_arithmetic(wide, x, mean, scale, bias)
     rstd = lax.rsqrt(var.astype(jnp.finfo(wide).dtype) + epsilon).astype(wide)
     # checkpoint: keep x for the backward pass, not x - mean in a wider dtype.
     stage = jax.checkpoint(partial(_stages.normalize, dtype=y_dtype))
     return stage(x, mean, rstd, scale, bias)
 
 
-def _inexact(name: str, v) -> jax.Array:
-    """`v` as a float or complex array; integers as float32, as in Flax."""
-    v = jnp.asarray(v)
-    if jnp.issubdtype(v.dtype, jnp.inexact):
-        return v
-    if jnp.issubdtype(v.dtype, jnp.integer):
-        return v.astype(jnp.float32)
-    raise TypeError(f"{name} has dtype {v.dtype}; expected a float, complex or integer dtype")
-
-
-def _per_feature(name: str, v, x: jax.Array, features: tuple[int, ...]) -> jax.Array:
-    return _shapes.per_feature(name, _inexact(name, v), x.shape, features)
-
-
-def _features(axis: int | Sequence[int], x: jax.Array) -> tuple[int, ...]:
-    if x.ndim == 0:
-        raise ValueError("x is a scalar; expected rank 1 or more, with a feature axis")
-    return _shapes.feature_axes(axis, x.ndim)
-
-
 def _in_virtual_batches(one_batch, x, mask, reduced: tuple[int, ...], size: int):
     """`one_batch` on each `size` consecutive examples of the batch axis; statistics of all."""
     batch, n = (reduced[0], x.shape[reduced[0]]) if reduced else (None, 1)
-    if operator.index(size) < 1 or n % size:
+    try:
+        size = operator.index(size)
+    except TypeError as e:
+        raise TypeError(f"virtual_batch_size={size!r}; expected an int or None") from e
+    if size < 1 or n % size:
         raise ValueError(
             f"virtual_batch_size={size} does not divide the batch axis of x (axis {batch}, length "
             f"{n}) into whole groups; expected a divisor of {n}: drop or pad and mask the rest"
         )
     if batch is None:
         return one_batch(x, mask)
+
+    if (n // size) % (shards := _shapes.shards(x, batch)):
+        raise ValueError(
+            f"virtual_batch_size={size} does not divide what a device holds of the batch axis of x "
+            f"({n} examples over {shards} devices, by explicit mesh axes); expected a divisor of "
+            f"{n // shards}, or automatic axes"
+        )
 
     def split(v):
         return v.reshape(*v.shape[:batch], n // size, size, *v.shape[batch + 1 :])
@@ -261,56 +245,3 @@ def _in_virtual_batches(one_batch, x, mask, reduced: tuple[int, ...], size: int)
         one_batch, in_axes=(batch, None if shared_mask else batch), out_axes=(batch, 0)
     )(split(x), mask if shared_mask else split(mask))
     return y.reshape(x.shape), merge_stacked(stats)
-
-
-def _mapped_axes(axis_name, groups):
-    """axis_name and groups in static form, and how many devices share one mean."""
-    if axis_name is None:
-        if groups is not None:
-            raise ValueError("axis_index_groups needs axis_name, the mapped axis that it divides")
-        return (), None, 1
-    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
-    groups = None if groups is None else tuple(tuple(g) for g in groups)
-    if groups is not None and len({len(g) for g in groups}) != 1:
-        raise ValueError(f"axis_index_groups={groups}; expected groups of one size")
-    try:
-        return names, groups, lax.psum(1, names, axis_index_groups=groups)
-    except NameError as e:
-        raise ValueError(
-            f"axis_name={axis_name!r} is not bound here; expected the name of an axis of an "
-            "enclosing shard_map, vmap or pmap. Under plain jit leave axis_name out: the compiler "
-            "takes the statistics over the whole batch, however it is sharded"
-        ) from e
-
-
-def _check_epsilon(epsilon) -> None:
-    if isinstance(epsilon, Tracer):
-        return  # known only when the program runs
-    if not (float(epsilon) >= 0 and math.isfinite(epsilon)):
-        raise ValueError(f"epsilon={epsilon}; expected a finite number >= 0")
-
-
-def _y_dtype(dtype, x: jax.Array) -> jnp.dtype:
-    y_dtype = x.dtype if dtype is None else jnp.dtype(dtype)
-    if not jnp.issubdtype(y_dtype, jnp.inexact):
-        raise ValueError(f"dtype={y_dtype} is not inexact; expected a float or complex dtype for y")
-    return jax.dtypes.canonicalize_dtype(y_dtype)
-
-
-def _arithmetic_dtype(y_dtype, *arrays: jax.Array | None) -> jnp.dtype:
-    """T, in which everything is computed: the widest of float32 and all dtypes involved."""
-    dtypes = [v.dtype for v in arrays if v is not None]
-    with jax.numpy_dtype_promotion("standard"):  # asked for by name, so not implicit
-        wide = jnp.result_type(jnp.float32, y_dtype, *dtypes)
-    if jnp.issubdtype(wide, jnp.complexfloating) and not jnp.issubdtype(
-        y_dtype, jnp.complexfloating
-    ):
-        raise ValueError(f"y is complex, but would have dtype {y_dtype}: pass dtype={wide}")
-    return wide
-
-
-def _in_arithmetic(wide, x, *per_feature) -> tuple[Any, ...]:
-    """Per-feature arrays in T. x stays as narrow as it came, since it is kept for the backward."""
-    complexify = jnp.issubdtype(wide, jnp.complexfloating) and not jnp.iscomplexobj(x)
-    cast = (None if v is None else v.astype(wide) for v in per_feature)
-    return (x.astype(wide) if complexify else x), *cast

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 
 def feature_axes(axis: int | Sequence[int], ndim: int) -> tuple[int, ...]:
     """The feature axes as non-negative numbers in ascending order."""
+    if ndim == 0:
+        raise ValueError("x is a scalar; expected rank 1 or more, with a feature axis")
     given = axis if isinstance(axis, Sequence) else (axis,)
     try:
         axes = [operator.index(a) for a in given]
@@ -54,6 +56,17 @@ def per_feature(
             f"x, which has shape {tuple(shape)}"
         )
     return jnp.expand_dims(v, reduced_axes(features, len(shape)))
+
+
+def shards(x: jax.Array, axis: int) -> int:
+    """Over how many devices x's type says that an axis is split: 1 without explicit mesh axes."""
+    sharding = jax.typeof(x).sharding
+    names = sharding.spec[axis]
+    if names is None:
+        return 1
+    return math.prod(
+        sharding.mesh.shape[n] for n in ((names,) if isinstance(names, str) else names)
+    )
 
 
 def aligned_mask(mask: jax.Array, shape: Sequence[int], features: tuple[int, ...]) -> jax.Array:

@@ -17,7 +17,6 @@ casts between the two do nothing.
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 from jax import lax
 import jax.numpy as jnp
 
@@ -36,7 +35,7 @@ class Stages(NamedTuple):
 
 
 def moments(x, mask, *, axes: Axes, dtype):
-    """count, shift, offset and m2 of each feature. :: [N, C] -> [1, C] four times
+    """count, shift, offset and m2 of each feature. :: [N, C] -> [1, C] each, or [1, 1]
 
     mean = shift + offset, not yet added: the sum rounds at the size of the mean, and to compare the
     means of two devices takes what that loses. m2 = sum |x - mean|^2.
@@ -46,11 +45,10 @@ def moments(x, mask, *, axes: Axes, dtype):
 
         offset = sum(d)/count        m2 = sum |d|^2 - |sum(d)|^2/count
     """
-    x = x.astype(dtype)
-    count = _count(x, mask, axes)
+    count = _count(x, mask, axes, dtype)
     n = jnp.maximum(count, 1)
-    shift = lax.stop_gradient(_shift(x, mask, n, axes))  # no result depends on it
-    d = _select(mask, x - shift)
+    shift = lax.stop_gradient(_shift(x, mask, n, axes, dtype))  # no result depends on it
+    d = _select(mask, x.astype(dtype) - shift)
     s = _sum(d, axes)
     m2 = _sum(_abs2(d), axes) - _abs2(s) / n
     return count, shift, s / n.astype(dtype), jnp.where(m2 < 0, 0, m2)
@@ -66,9 +64,14 @@ def normalize(x, mean, rstd, scale, bias, *, dtype):
 
 
 def grad_sums(dy, x, mask, mean, rstd, *, axes: Axes):
-    """dbias = sum(dy), dscale = sum(dy * x_hat) over these examples. :: [N, C] -> [1, C] twice"""
+    """dbias = sum(dy), dscale = sum(dy * x_hat) over these examples. :: [N, C] -> [1, C] twice
+
+    rstd could stand outside the sum. Inside, it is known before this sweep starts, and XLA:TPU
+    writes y in the same sweep where forward and backward are one program.
+    """
     dy = _select(mask, dy.astype(mean.dtype))
-    return _sum(dy, axes), rstd * _sum(dy * centred(x, mask, mean), axes)
+    x_hat = centred(x, mask, mean) * rstd
+    return _sum(dy, axes), _sum(dy * x_hat, axes)
 
 
 def grad_input(dy, x, mask, mean, rstd, scale, sums, count):
@@ -94,18 +97,18 @@ def centred(x, mask, mean):
 XLA = Stages(moments, normalize, grad_sums, grad_input)
 
 
-def _shift(x, mask, n, axes: Axes):
+def _shift(x, mask, n, axes: Axes, dtype):
     """A number near each feature's mean; any will do, the closer the fewer digits `moments` loses.
 
     The median of three examples, so that no single outlier sets it: it costs no sweep. Where the
     examples cannot be picked (some may be masked; the batch axis is sharded over an explicit mesh;
     complex numbers have no order) it is the mean itself, for one more sweep.
     """
-    pickable = mask is None and not jnp.iscomplexobj(x) and not _sharded(x, axes)
-    if not pickable:
-        return _sum(_select(mask, x), axes) / n.astype(x.dtype)
+    sharded = any(_shapes.shards(x, a) > 1 for a in axes)
+    if mask is not None or sharded or jnp.iscomplexobj(x):
+        return _sum(_select(mask, x.astype(dtype)), axes) / n.astype(dtype)
     if not axes:
-        return x
+        return x.astype(dtype)
     batch, *_ = axes
 
     def example(i):  # the i-th along the batch axis, in the middle of the other reduced ones
@@ -113,23 +116,17 @@ def _shift(x, mask, n, axes: Axes):
         start[batch] = min(i, x.shape[batch] - 1)
         stop = [start[a] + 1 if a in axes else size for a, size in enumerate(x.shape)]
         # Squeezed: with a batch axis of length 1 the compiler would go on sharding it.
-        return jnp.squeeze(lax.slice(x, start, stop), axes)
+        return jnp.squeeze(lax.slice(x, start, stop), axes).astype(dtype)
 
     a, b, c = example(0), example(1), example(2)
     median = jnp.maximum(jnp.minimum(a, b), jnp.minimum(jnp.maximum(a, b), c))
     return jnp.expand_dims(median, axes)
 
 
-def _sharded(x, axes: Axes) -> bool:
-    """Whether x's type says that a reduced axis is split over devices (explicit mesh axes)."""
-    spec = jax.typeof(x).sharding.spec
-    return any(spec[a] is not None for a in axes)
-
-
-def _count(x, mask, axes: Axes):
+def _count(x, mask, axes: Axes, dtype):
     """How many examples of each feature are valid, as a real array that broadcasts with [1, C]."""
     n = _shapes.size(x.shape, axes)
-    real = jnp.finfo(x.dtype).dtype
+    real = jnp.finfo(dtype).dtype
     if mask is None:
         return jnp.full((1,) * x.ndim, n, real)
     per_entry = n // _shapes.size(mask.shape, axes)  # how many examples one mask entry stands for

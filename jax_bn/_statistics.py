@@ -54,6 +54,7 @@ def merge_stats(*stats: BatchStats) -> BatchStats:
 
     Raises:
         ValueError: none given, or shapes that differ.
+        TypeError: something else than `BatchStats`.
 
     Differentiable to any order; elementwise. Computed in the dtype of `stats` from differences to
     the common mean, so batches with far means do not cancel: error a few ulps.
@@ -71,9 +72,14 @@ def merge_stats(*stats: BatchStats) -> BatchStats:
     """
     if not stats:
         raise ValueError("merge_stats got no statistics; expected at least one BatchStats")
-    shapes = [s.mean.shape for s in stats]
+    for s in stats:
+        if not isinstance(s, BatchStats):
+            raise TypeError(
+                f"merge_stats got a {type(s).__name__}; expected BatchStats: unpack lists"
+            )
+    shapes = [jnp.shape(v) for s in stats for v in (s.mean, s.var, s.count)]
     if len(set(shapes)) > 1:
-        raise ValueError(f"stats have mean of shapes {shapes}; expected the same shape for all")
+        raise ValueError(f"mean, var and count have shapes {shapes}; expected the same for all")
     return merge_stacked(jax.tree.map(lambda *leaves: jnp.stack(leaves), *stats))
 
 
@@ -128,6 +134,7 @@ def update_running_stats(
         The new `(mean, var)`.
 
     Raises:
+        TypeError: running averages of integers; `stats` that are no `BatchStats`.
         ValueError: `momentum` outside [0, 1]; a shape that is not that of `stats`; `unbiased` with
             a count of 1, which leaves the unbiased variance undefined. A count that is only known
             when a compiled program runs cannot raise: that feature's running variance is kept.
@@ -145,9 +152,13 @@ def update_running_stats(
         (1.0, 1.5)
     """
     mean, var = jnp.asarray(mean), jnp.asarray(var)
-    if isinstance(momentum, (int, float)) and not 0 <= momentum <= 1:
+    if not isinstance(stats, BatchStats):
+        raise TypeError(f"stats is a {type(stats).__name__}; expected the BatchStats of batch_norm")
+    if not (isinstance(momentum, Tracer) or 0 <= momentum <= 1):
         raise ValueError(f"momentum={momentum}; expected a weight in [0, 1], that of the old value")
     for name, running, batch in (("mean", mean, stats.mean), ("var", var, stats.var)):
+        if not jnp.issubdtype(running.dtype, jnp.inexact):
+            raise TypeError(f"{name} has dtype {running.dtype}; expected a float or complex dtype")
         if running.shape != batch.shape:
             raise ValueError(
                 f"{name} has shape {running.shape}; expected {batch.shape}, that of stats.{name}"

@@ -2,9 +2,9 @@
 
 The way of the data, on each device (a single one: the sums over devices are then nothing):
 
-    forward    x -> moments -> count_i, mean_i, m2_i -> sum over devices -> count, mean, var, rstd
+    forward    x -> moments -> count, mean, m2 here -> merge over devices -> count, mean, var, rstd
                x, mean, rstd, scale, bias -> normalize -> y
-    backward   dy, x, mean, rstd -> grad_sums -> dbias_i, dscale_i -> sum over devices -> sums
+    backward   dy, x, mean, rstd -> grad_sums -> dbias, dscale here -> sum over devices -> sums
                dy, x, mean, rstd, scale, sums, count -> grad_input -> dx
 
 Glossary (* marks an array of x's size, the others hold one number a feature):
@@ -13,9 +13,10 @@ Glossary (* marks an array of x's size, the others hold one number a feature):
     dx* dy*  cotangents      rstd       1/sqrt(var + eps)   scale, bias   gamma, beta
     mask*  which examples are valid     count   how many    m2      count*var
 
-Knows the stages by their signatures alone, so any backend can stand behind them. The statistics
-that leave this file are differentiable too, by a rule of their own: JAX differentiates the small
-merge over devices between the two rules, and so gets its transpose right in every parallel mode.
+Knows the stages by their signatures (and `centred`, which D13 needs), so that any backend can stand
+behind them. The statistics that leave this file are differentiable too, by a rule of their own: JAX
+differentiates the small merge over devices between the two rules, and so gets its transpose right
+in every parallel mode.
 """
 
 from functools import partial
@@ -45,6 +46,9 @@ _rule: Any = partial(jax.custom_vjp, nondiff_argnums=(0,))  # the Spec is static
 
 def batch_norm(spec: Spec, x, mask, scale, bias, epsilon):
     """All of it. :: x[N, C], scale[1, C], bias[1, C] -> y[N, C]; count, mean, var [1, C]."""
+    if mask is not None and (missing := _varying(mask) - _varying(x)):
+        # A masked x differs between devices as its mask does. JAX transposes this into their sum.
+        x = lax.pcast(x, tuple(sorted(missing)), to="varying")
     count, shift, offset, m2 = _moments(spec, x, mask)
     count, shift = lax.stop_gradient((count, shift))
     if spec.axis_name:
@@ -95,8 +99,8 @@ def _normalize(spec, x, mask, count, mean, rstd, scale, bias):
 def _normalize_fwd(spec, x, mask, count, mean, rstd, scale, bias):
     y = spec.stages.normalize(x, mean, rstd, scale, bias, dtype=spec.y_dtype)
     if mask is not None:
-        # A higher derivative differentiates this line: none may pass a masked position, and the
-        # NaN that may stand there must not get into those of the scale.
+        # The same y, for a higher derivative that differentiates this line: none may pass a masked
+        # position, and a NaN that stands there must not get into that of the scale.
         valid = spec.stages.normalize(
             jnp.where(mask, x, 0), mean, rstd, scale, bias, dtype=spec.y_dtype
         )
@@ -155,7 +159,15 @@ _moments.defvjp(_moments_fwd, _moments_bwd)
 def _psum(spec: Spec, tree):
     if not spec.axis_name:
         return tree
-    return lax.psum(tree, spec.axis_name, axis_index_groups=spec.axis_index_groups)
+    try:
+        return lax.psum(tree, spec.axis_name, axis_index_groups=spec.axis_index_groups)
+    except NotImplementedError as e:
+        if spec.axis_index_groups is None:
+            raise
+        raise NotImplementedError(
+            "axis_index_groups: JAX has no groups under vmap and shard_map(check_vma=True). Use "
+            "shard_map(check_vma=False) or pmap, or two mesh axes, one of which is axis_name"
+        ) from e
 
 
 def _cotangent_of(primal, here, everywhere=None, axis_name=()):

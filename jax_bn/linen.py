@@ -19,15 +19,15 @@ class BatchNorm(nn.Module):
 
     y = scale * (x - mean)/sqrt(var + epsilon) + bias, with the batch's mean and variance in
     training and their running averages in evaluation; see `jax_bn.batch_norm` for precision,
-    gradients and sharding, `jax_bn.update_running_stats` for the averages. Fields, variables,
-    dtypes and errors are Flax's, and so are checkpoints.
+    gradients and sharding, `jax_bn.update_running_stats` for the averages. Fields, variables
+    and dtypes are Flax's, and so are checkpoints.
 
     What differs: the variance is stable whatever `use_fast_variance` says; statistics are in
     float32 at least even with `force_float32_reductions=False`, which then only sets the dtype of
     the variables; these keep their dtype, where Flax widens them in the first step (for float64
     averages set `param_dtype` to it as well); a mask and unequal devices are weighed by count, a
     feature that a mask hides wholly leaves its running averages as they are, and masked positions
-    carry no gradient; complex x with a real `dtype` is an error.
+    carry no gradient; complex x with a real `dtype`, and training on no examples, are errors.
 
     Attributes:
         use_running_average: evaluation if True; here or in the call, not both.
@@ -88,8 +88,8 @@ class BatchNorm(nn.Module):
         Args:
             x: any rank from 1 up.
             use_running_average: as the field; given in exactly one of the two places.
-            mask: which examples count, 0/1 of any dtype; broadcasts to x as in Flax, or else to
-                its batch axes; see `jax_bn.batch_norm`.
+            mask: which examples count in training, 0/1 of any dtype; broadcasts to x as in Flax, or
+                else to its batch axes; see `jax_bn.batch_norm`.
 
         Returns:
             y, of x's shape.

@@ -20,13 +20,14 @@ class BatchNorm(nnx.Module):
 
     y = scale * (x - mean)/sqrt(var + epsilon) + bias, with the batch's mean and variance in
     training and their running averages in evaluation; see `jax_bn.batch_norm` for precision,
-    gradients and sharding, `jax_bn.update_running_stats` for the averages. Attributes, variables,
-    dtypes and errors are Flax's, and so are checkpoints.
+    gradients and sharding, `jax_bn.update_running_stats` for the averages. Attributes,
+    variables and dtypes are Flax's, and so are checkpoints.
 
     What differs: the variance is stable whatever `use_fast_variance` says; statistics stay in
     float32 with `dtype=bfloat16`, in evaluation too; an integer mask is accepted; a mask and
     unequal devices are weighed by count, a feature that a mask hides wholly leaves its running
-    averages as they are, and masked positions carry no gradient.
+    averages as they are, and masked positions carry no gradient; training on no examples is an
+    error.
 
     Args:
         num_features: length of the feature axis.
@@ -57,8 +58,8 @@ class BatchNorm(nnx.Module):
         >>> layer(x).round(3)[:, 0].tolist(), layer.mean[...]
         ([-1.0, 1.0], Array([0.2], dtype=float32))
         >>> layer.eval()
-        >>> print(layer(x).round(3)[:, 0])
-        [0.8 2.8]
+        >>> layer(x).round(3)[:, 0].astype(jnp.float16)
+        Array([0.8, 2.8], dtype=float16)
     """
 
     def __init__(
@@ -124,8 +125,8 @@ class BatchNorm(nnx.Module):
         Args:
             x: any rank from 1 up, `num_features` long on `axis`.
             use_running_average: wins over the attribute.
-            mask: which examples count, 0/1 of any dtype; broadcasts to x as in Flax, or else to
-                its batch axes; see `jax_bn.batch_norm`.
+            mask: which examples count in training, 0/1 of any dtype; broadcasts to x as in Flax, or
+                else to its batch axes; see `jax_bn.batch_norm`.
 
         Returns:
             y, of x's shape.

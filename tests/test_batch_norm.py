@@ -192,25 +192,43 @@ def test_flax_keeps_more():
 # ---- accuracy ------------------------------------------------------------------------------------
 
 
-@jax.numpy_dtype_promotion("standard")  # as Flax needs it
 @pytest.mark.parametrize("ratio", [1.0, 1e2, 1e3, 1e4])
 def test_variance_is_stable_where_the_mean_is_large(ratio, random):
-    """The bound of the docstring; Flax's default loses all digits from |mean|/std = 1e4 on."""
     x = jnp.asarray(ratio + random.normal(size=(4096, 8)), jnp.float32)
-    exact = np.asarray(x, np.float64).var(0)
     _, stats = batch_norm(x)
-    rows = np.sort(np.asarray(x[:3], np.float64), axis=0)
-    far = (rows[1] - np.asarray(x, np.float64).mean(0)) ** 2 / exact
-    error = np.abs(np.asarray(stats.var) / exact - 1)
-    assert (error <= np.finfo(np.float32).eps * np.sqrt(len(x)) * (1 + far)).all()
-    assert error.max() < 8 * np.finfo(np.float32).eps
+    assert error_and_bound(x, stats.var)[0].max() < 8 * EPS
 
+
+@jax.numpy_dtype_promotion("standard")  # as Flax needs it
+def test_variance_of_flax_is_not(random):
+    x = jnp.asarray(1e4 + random.normal(size=(4096, 8)), jnp.float32)
     layer = flax.linen.BatchNorm(use_running_average=False, momentum=0.0)
     variables = layer.init(jax.random.key(0), x)
     _, updated = layer.apply(variables, x, mutable="batch_stats")
-    of_flax = np.abs(np.asarray(updated["batch_stats"]["var"]) / exact - 1).max()
-    if ratio == 1e4:
-        assert of_flax > 0.5
+    assert error_and_bound(x, updated["batch_stats"]["var"])[0].max() > 0.5
+
+
+@pytest.mark.parametrize("order", ["random", "sorted", "outliers first"])
+def test_the_bound_of_the_docstring(order, random):
+    x = random.normal(size=(65536, 1))
+    if order == "sorted":
+        x.sort(axis=0)
+    if order == "outliers first":
+        x[:2] = 1e4
+    x = jnp.asarray(x, jnp.float32)
+    _, stats = batch_norm(x)
+    error, bound = error_and_bound(x, stats.var)
+    assert (error <= bound).all()
+
+
+EPS = float(np.finfo(np.float32).eps)
+
+
+def error_and_bound(x, var):
+    """The relative error of a variance, and eps*sqrt(N)*(1 + (k - mean)^2/var) for our shift k."""
+    exact = np.asarray(x, np.float64)
+    k, mean, truth = np.median(exact[:3], axis=0), exact.mean(0), exact.var(0)
+    return np.abs(var / truth - 1), EPS * np.sqrt(len(x)) * (1 + (k - mean) ** 2 / truth)
 
 
 def test_one_outlier_does_not_set_the_shift(random):
@@ -298,6 +316,8 @@ GOOD = [
     dict(x=X[:1]),
     dict(x=X[:, :0]),
     dict(x=X.astype(int), scale=V.astype(int)),
+    dict(x=X > 0),
+    dict(x=X, axis_name=None, axis_index_groups=None),
     dict(x=X, mask=np.ones(4, bool)),
     dict(x=X, mask=np.ones((4, 1), np.int32)),
     dict(x=X, mask=np.ones((1, 3), bool)),
@@ -307,7 +327,6 @@ GOOD = [
 BAD = [
     (dict(x=X[:0]), ValueError, r"x has shape \(0, 3\): no examples"),
     (dict(x=1.0), ValueError, "x is a scalar"),
-    (dict(x=X > 0), TypeError, "x has dtype bool"),
     (dict(x=X, scale=V[:2]), ValueError, r"scale has shape \(2,\); expected \(3,\)"),
     (dict(x=X, bias=X), ValueError, r"bias has shape \(4, 3\); expected \(3,\)"),
     (dict(x=X, scale=np.float32(1)), ValueError, r"scale has shape \(\); expected \(3,\)"),
@@ -317,6 +336,9 @@ BAD = [
     (dict(x=X, axis=1.0), TypeError, "axis must be an int"),
     (dict(x=X, epsilon=-1e-5), ValueError, "epsilon=-1e-05; expected"),
     (dict(x=X, epsilon=np.nan), ValueError, "epsilon=nan; expected"),
+    (dict(x=X, epsilon=None), TypeError, "epsilon=None; expected one real number"),
+    (dict(x=X, epsilon=1j), TypeError, "epsilon=1j; expected one real number"),
+    (dict(x=X, epsilon=V), TypeError, "epsilon=array.*; expected one real number"),
     (dict(x=X, dtype="int32"), ValueError, "dtype=int32 is not inexact"),
     (dict(x=X.astype("complex64"), dtype="float32"), ValueError, "pass dtype=complex64"),
     (dict(x=X, scale=V.astype("complex64")), ValueError, "pass dtype=complex64"),
@@ -324,8 +346,13 @@ BAD = [
     (dict(x=X, mask=np.ones((4, 3, 1), bool)), ValueError, r"mask has shape \(4, 3, 1\)"),
     (dict(x=X, mask=np.ones(4, np.float32)), TypeError, "mask has dtype float32"),
     (dict(x=X, axis_name="devices"), ValueError, "axis_name='devices' is not bound"),
+    (dict(x=X, axis_name=3), ValueError, "axis_name=3; expected a name"),
+    (dict(x=X, axis_name=("i", "i")), ValueError, "expected a name, or several different"),
     (dict(x=X, axis_index_groups=[[0]]), ValueError, "axis_index_groups needs axis_name"),
+    (dict(x=X, axis_name="i", axis_index_groups=[]), ValueError, "at least one"),
+    (dict(x=X, axis_name="i", axis_index_groups=[0]), ValueError, "sequences of indices"),
     (dict(x=X, virtual_batch_size=3), ValueError, "virtual_batch_size=3 does not divide"),
+    (dict(x=X, virtual_batch_size=2.0), TypeError, "virtual_batch_size=2.0; expected an int"),
     (dict(x=X, virtual_batch_size=0), ValueError, "virtual_batch_size=0 does not divide"),
 ]
 
@@ -343,6 +370,13 @@ def test_refused(kwargs, error, message):
     x, options = kwargs["x"], {k: v for k, v in kwargs.items() if k != "x"}
     with pytest.raises(error, match=message):  # while tracing too
         jax.eval_shape(partial(batch_norm, **options), x)
+
+
+def test_epsilon_is_static():
+    with pytest.raises(TypeError, match=r"epsilon=.*; expected one real number, known while"):
+        jax.jit(lambda epsilon: batch_norm(X, epsilon=epsilon))(1e-3)
+    y = jax.jit(batch_norm, static_argnames="epsilon")(X, epsilon=1e-3)[0]
+    np.testing.assert_array_equal(y, np.zeros_like(X))
 
 
 @pytest.mark.parametrize(

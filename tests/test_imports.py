@@ -12,7 +12,8 @@ MAY_IMPORT = {  # of this package; downward only
     "__init__": {"_batch_norm", "_statistics", "reference"},
     "linen": {"_batch_norm", "_shapes", "_statistics"},
     "nnx": {"_batch_norm", "_shapes", "_statistics"},
-    "_batch_norm": {"_shapes", "_stages", "_statistics", "_vjp"},
+    "_batch_norm": {"_arguments", "_shapes", "_stages", "_statistics", "_vjp"},
+    "_arguments": {"_shapes"},
     "_vjp": {"_stages", "_statistics"},
     "_statistics": set(),
     "_stages": {"_shapes"},
@@ -64,7 +65,7 @@ def test_layers_do_no_arithmetic():
 
 def test_files_stay_small():
     for path in PACKAGE.rglob("*.py"):
-        assert len(path.read_text().splitlines()) <= 320, f"{path.name} is too long"
+        assert len(path.read_text().splitlines()) <= 300, f"{path.name} is too long"
 
 
 def test_importing_jax_bn_imports_neither_flax_nor_pallas():

@@ -164,6 +164,21 @@ def test_under_vmap():
         np.testing.assert_array_equal(stats.count[i], one.count)
 
 
+def test_vmap_over_the_mask_alone():
+    x, scale, bias = arrays()
+    masks = np.stack([VALID, ~VALID, np.ones(8, bool)])
+
+    def gradients(mask):
+        return jax.grad(loss, argnums=1)(
+            partial(jax_bn.batch_norm, mask=mask), (x, scale, bias), mask[:, None]
+        )
+
+    batched = jax.vmap(gradients)(masks)
+    for i, mask in enumerate(masks):
+        for a, b in zip(batched, gradients(mask), strict=True):
+            np.testing.assert_allclose(a[i], b, rtol=1e-4, atol=1e-4)
+
+
 # ---- virtual batches -----------------------------------------------------------------------------
 
 
@@ -193,8 +208,9 @@ def test_virtual_batches_are_batches(shape, axis, masked):
         return y, ()
 
     def results(f, *params):
-        total = jax.grad(lambda p: jnp.sum(jnp.sin(f(*p)[0])))
-        return f(*params)[0], total(params)
+        first = jax.grad(lambda p: jnp.sum(jnp.sin(f(*p)[0])))
+        second = jax.grad(lambda p: sum(jnp.sum(g**2) for g in first(p)))
+        return f(*params)[0], first(params), second(params)
 
     params = x, scale, bias
     actual, plain = (jax.jit(partial(results, f)) for f in (ours, split))

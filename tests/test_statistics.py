@@ -94,10 +94,13 @@ def test_one_example_has_no_unbiased_variance(x):
         (np.zeros(4), np.ones((1, 4)), {}, r"var has shape \(1, 4\); expected \(4,\)"),
         (np.zeros(4), np.ones(4), {"momentum": 1.5}, "momentum=1.5; expected a weight"),
         (np.zeros(4), np.ones(4), {"momentum": -0.1}, "momentum=-0.1; expected a weight"),
+        (np.zeros(4), np.ones(4), {"momentum": np.float32(3)}, "momentum=3.0; expected a weight"),
+        (np.zeros(4, int), np.ones(4), {}, "mean has dtype int(32|64); expected a float"),
     ],
 )
 def test_update_refuses(x, mean, var, options, message):
-    with pytest.raises(ValueError, match=message):
+    mean, var = (v if v.dtype == int else v.astype(np.float32) for v in (mean, var))
+    with pytest.raises((TypeError, ValueError), match=message):
         update_running_stats(mean, var, stats_of(x), **options)
 
 
@@ -138,8 +141,13 @@ def test_merging_is_differentiable(x):
 
 @pytest.mark.parametrize(
     "args, message",
-    [((), "got no statistics"), ((stats_of(np.ones((2, 3))), stats_of(np.ones((2, 4)))), "shapes")],
+    [
+        ((), "got no statistics"),
+        ((stats_of(np.ones((2, 3))), stats_of(np.ones((2, 4)))), "have shapes"),
+        ((BatchStats(jnp.ones(2), jnp.ones(2), jnp.ones(())),), "have shapes"),
+        (([stats_of(np.ones((2, 3)))],), "got a list; expected BatchStats"),
+    ],
 )
 def test_merge_refuses(args, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((TypeError, ValueError), match=message):
         merge_stats(*args)

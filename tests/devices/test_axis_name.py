@@ -200,13 +200,15 @@ def test_mesh_of_two_axes(names, check_vma, scale_spec, devices):
 @pytest.mark.parametrize("mode", ["pmap", "shard_map without check_vma"])
 def test_groups(mode, devices):
     groups = [[0, 1, 2, 3], [4, 5, 6, 7]]
-    x, valid, scale, bias = arrays(masked=True)
 
     def of(batch_norm):
-        f = partial(share, batch_norm, axis_index_groups=groups)
-        return MODES[mode](f, devices, (True, (True,) * 4))
+        def f(*args):
+            loss = partial(share, batch_norm, axis_index_groups=groups)
+            return jax.grad(loss, argnums=(0, 2, 3), has_aux=True)(*args)
 
-    compare(of, x, valid, scale, bias, examples=N * 4)
+        return MODES[mode](f, devices, ((True,) * 3, (True,) * 4))
+
+    compare(of, *arrays(masked=True), examples=N * 4)
 
 
 @pytest.mark.parametrize("mode", ["vmap", "shard_map"])
@@ -230,13 +232,69 @@ def test_an_axis_name_that_is_not_bound(devices):
         MODES["shard_map"](f, devices, True)(*arrays())
 
 
-def test_virtual_batches_across_devices(devices):
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("mode", MODES)
+def test_virtual_batches_across_devices(mode, order, devices):
     """The runs at the same place on all devices form one group."""
+
+    def total(params, f):
+        y, _ = f(*params)
+        return jnp.sum(jnp.sin(y) * (1 + y))
+
+    def derivative(f):
+        def penalty(params):
+            return sum(jnp.sum(g**2) for g in jax.grad(total)(params, f))
+
+        return jax.grad({1: partial(total, f=f), 2: penalty}[order])
+
+    def ours(x, scale, bias):
+        f = partial(share, OURS, virtual_batch_size=2)
+        _, (y, *_) = MODES[mode](f, devices, VARYING)(x, None, scale, bias)
+        return y, ()
+
+    def plain(x, scale, bias):
+        runs = [DEFINITION(x[:, i : i + 2].reshape(-1, C), scale, bias)[0] for i in range(0, N, 2)]
+        return jnp.concatenate([y.reshape(8, 2, C) for y in runs], axis=1), ()
+
     x, _, scale, bias = arrays()
-    f = partial(share, OURS, virtual_batch_size=2)
-    _, (y, _, var, _) = MODES["shard_map"](f, devices, VARYING)(x, None, scale, bias)
-    for i in range(0, N, 2):
-        group = x[:, i : i + 2].reshape(-1, C)
-        expected, _ = DEFINITION(group, scale, bias)
-        np.testing.assert_allclose(y[:, i : i + 2].reshape(-1, C), expected, rtol=1e-4, atol=1e-4)
-    np.testing.assert_allclose(var, x.reshape(-1, C).var(0), rtol=1e-5)
+    params = x, scale, bias
+    definition = jax.jit(derivative(plain))
+    oracle = in_float64(definition, params)
+    assert_as_accurate(derivative(ours)(params), definition(params), oracle, examples=N * 8)
+
+
+@pytest.mark.parametrize("axis_name", [None, "i"])
+def test_devices_that_share_x_and_not_the_mask(axis_name, devices):
+    mesh = jax.make_mesh((8,), ("i",), (AxisType.Auto,), devices=devices)
+    x, scale, bias = arrays()[0][:2].reshape(-1, C), *arrays()[2:]
+    valid = np.arange(8 * 2 * N).reshape(8, -1) % 3 > 0
+
+    def of(batch_norm):
+        def local(params, valid):
+            def loss(params):
+                y, stats = batch_norm(*params, mask=valid.reshape(-1, 1), axis_name=axis_name)
+                mean, var, _ = jax.tree.leaves(stats)
+                return jnp.sum(jnp.sin(y) * (1 + y)) + jnp.sum(mean * var)
+
+            return jax.grad(loss)(params)
+
+        return jax.jit(
+            jax.shard_map(local, mesh=mesh, in_specs=(P(), P("i")), out_specs=(P(), P(), P()))
+        )
+
+    compare(of, (x, scale, bias), valid, examples=8 * 2 * N)
+
+
+def test_shard_map_that_is_not_compiled(devices):
+    x, valid, scale, bias = arrays(masked=True)
+    mesh = jax.make_mesh((8,), ("i",), (AxisType.Auto,), devices=devices)
+
+    def dx(x, valid, scale, bias):
+        def loss(x):
+            return share(OURS, x, valid[0], scale, bias)[0]
+
+        return jax.grad(loss)(x[0])[None]
+
+    eager = jax.shard_map(dx, mesh=mesh, in_specs=(P("i"), P("i"), P(), P()), out_specs=P("i"))
+    args = x, valid, scale, bias
+    np.testing.assert_allclose(eager(*args), jax.jit(eager)(*args), rtol=1e-5, atol=1e-5)

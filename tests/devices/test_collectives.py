@@ -153,3 +153,23 @@ def placed(mesh, spec, x, scale, mask):
         jax.device_put(v, NamedSharding(mesh, s))
         for v, s in zip((x, scale, mask), specs, strict=True)
     )
+
+
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_virtual_batches_that_a_device_holds_need_no_communication(sharding, x, scale, mask, mesh):
+    def f(x, scale):
+        return jax_bn.batch_norm(x, scale, virtual_batch_size=4)[0]
+
+    spread, shared_scale, _ = placed(mesh, SHARDINGS[sharding], x, scale, mask[..., None])
+    assert collectives(f, spread, shared_scale)[0] == {}
+    expected = np.concatenate([f(part, scale) for part in np.split(x, N // 4)])
+    np.testing.assert_allclose(jax.jit(f)(spread, shared_scale), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_virtual_batches_across_explicit_shards_are_refused(devices):
+    mesh = jax.make_mesh((8,), ("d",), (AxisType.Explicit,), devices=devices)
+    with jax.set_mesh(mesh):
+        x = jax.device_put(jnp.ones((N, C)), NamedSharding(mesh, P("d")))
+        jax.jit(partial(jax_bn.batch_norm, virtual_batch_size=8))(x)
+        with pytest.raises(ValueError, match=r"virtual_batch_size=16 .* expected a divisor of 8"):
+            jax.jit(partial(jax_bn.batch_norm, virtual_batch_size=16))(x)

@@ -1,0 +1,97 @@
+"""Arguments of the public functions, checked and in the form that the rule takes.
+
+Each refusal names the argument, what came, what was expected and the way out.
+"""
+
+from collections.abc import Sequence
+import math
+from typing import Any
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from jax_bn import _shapes
+
+
+def inexact(name: str, v) -> jax.Array:
+    """`v` as a float or complex array; integers and bools as float32, as in Flax."""
+    v = jnp.asarray(v)
+    if jnp.issubdtype(v.dtype, jnp.inexact):
+        return v
+    if jnp.issubdtype(v.dtype, jnp.integer) or v.dtype == jnp.bool_:
+        return v.astype(jnp.float32)
+    raise TypeError(f"{name} has dtype {v.dtype}; expected a float, complex, integer or bool dtype")
+
+
+def per_feature(name: str, v, x: jax.Array, features: tuple[int, ...]) -> jax.Array:
+    """`v`, one number a feature of x. :: [C] -> [1, C]"""
+    return _shapes.per_feature(name, inexact(name, v), x.shape, features)
+
+
+def mapped_axes(axis_name, groups):
+    """axis_name and groups in static form, and how many devices share one mean."""
+    if axis_name is None:
+        if groups is not None:
+            raise ValueError("axis_index_groups needs axis_name, the mapped axis that it divides")
+        return (), None, 1
+    names = (axis_name,) if isinstance(axis_name, str) else axis_name
+    if not isinstance(names, Sequence) or len(set(names)) < len(names):
+        raise ValueError(f"axis_name={axis_name!r}; expected a name, or several different ones")
+    if groups is not None:
+        if not all(isinstance(g, Sequence) for g in groups) or len({len(g) for g in groups}) != 1:
+            raise ValueError(
+                f"axis_index_groups={groups}; expected sequences of indices, at least one, all of "
+                "one length"
+            )
+        groups = tuple(tuple(g) for g in groups)
+    names = tuple(names)
+    try:
+        return names, groups, lax.psum(1, names, axis_index_groups=groups)
+    except NameError as e:
+        raise ValueError(
+            f"axis_name={axis_name!r} is not bound here; expected the name of an axis of an "
+            "enclosing shard_map, vmap or pmap. Under plain jit leave axis_name out: the compiler "
+            "takes the statistics over the whole batch, however it is sharded"
+        ) from e
+
+
+def static_epsilon(epsilon) -> float:
+    """`epsilon` as a number: the rules differentiate as if it were a constant."""
+    try:
+        value = float(epsilon)
+    except (TypeError, ValueError, jax.errors.ConcretizationTypeError) as e:
+        raise TypeError(
+            f"epsilon={epsilon!r}; expected one real number, known while tracing: under jit "
+            "make it a static argument"
+        ) from e
+    if not (value >= 0 and math.isfinite(value)):
+        raise ValueError(f"epsilon={epsilon}; expected a finite number >= 0")
+    return value
+
+
+def dtype_of_y(dtype, x: jax.Array) -> jnp.dtype:
+    """`dtype`, or x's own."""
+    y_dtype = x.dtype if dtype is None else jnp.dtype(dtype)
+    if not jnp.issubdtype(y_dtype, jnp.inexact):
+        raise ValueError(f"dtype={y_dtype} is not inexact; expected a float or complex dtype for y")
+    return jax.dtypes.canonicalize_dtype(y_dtype)
+
+
+def arithmetic_dtype(y_dtype, *arrays: jax.Array | None) -> jnp.dtype:
+    """T, in which everything is computed: the widest of float32 and all dtypes involved."""
+    dtypes = [v.dtype for v in arrays if v is not None]
+    with jax.numpy_dtype_promotion("standard"):  # asked for by name, so not implicit
+        wide = jnp.result_type(jnp.float32, y_dtype, *dtypes)
+    if jnp.issubdtype(wide, jnp.complexfloating) and not jnp.issubdtype(
+        y_dtype, jnp.complexfloating
+    ):
+        raise ValueError(f"y is complex, but would have dtype {y_dtype}: pass dtype={wide}")
+    return wide
+
+
+def in_arithmetic(wide, x, *per_feature) -> tuple[Any, ...]:
+    """Per-feature arrays in T. x stays as narrow as it came, since it is kept for the backward."""
+    complexify = jnp.issubdtype(wide, jnp.complexfloating) and not jnp.iscomplexobj(x)
+    cast = (None if v is None else v.astype(wide) for v in per_feature)
+    return (x.astype(wide) if complexify else x), *cast
