@@ -9,10 +9,10 @@ RUN := $(VENV)/bin/python
 demo: $(VENV)/ready
 	$(RUN) examples/train_digits.py --out out/demo.png
 
-# The second process has eight CPU devices, which have to be asked for before JAX starts.
+# The second run has eight CPU devices, which have to be asked for before JAX starts.
 test: $(VENV)/ready
 	$(RUN) -m pytest -n $(WORKERS) tests
-	$(RUN) -m pytest tests/devices
+	$(RUN) -m pytest -n $(WORKERS) tests/devices
 	$(RUN) -m pytest --doctest-modules jax_bn
 
 lint: $(VENV)/ready

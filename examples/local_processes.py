@@ -35,13 +35,14 @@ def launch(script: str, options: Sequence[str], processes: int) -> None:
         for i in range(processes):
             children.append(subprocess.Popen([*command, f"--process-id={i}"], env=env))
             Thread(target=watch, args=(i,), daemon=True).start()
-        for _ in children:
-            i, code = ended.get()
-            if code:
-                how = f"exit code {code}" if code > 0 else f"signal {signal.Signals(-code).name}"
-                print(f"\nprocess {i} ended with {how}; ending all others", file=sys.stderr)
-                sys.exit(code if code > 0 else 128 - code)  # as a shell reports a signal
+        ends = (ended.get() for _ in children)
+        failed = next(((i, code) for i, code in ends if code), None)
     finally:
         for child in children:
             child.kill()  # not terminate(): JAX takes SIGTERM for a notice, and goes on
             child.wait()
+    if failed:
+        i, code = failed
+        how = f"exit code {code}" if code > 0 else f"signal {signal.Signals(-code).name}"
+        print(f"\nprocess {i} ended with {how}; the others were stopped", file=sys.stderr)
+        sys.exit(code if code > 0 else 128 - code)  # as a shell reports a signal
