@@ -29,6 +29,32 @@ def per_feature(name: str, v, x: jax.Array, features: tuple[int, ...]) -> jax.Ar
     return _shapes.per_feature(name, inexact(name, v), x.shape, features)
 
 
+def residual(v, x: jax.Array) -> jax.Array:
+    """What is added to the result: of x's shape."""
+    v = inexact("residual", v)
+    if v.shape != x.shape:
+        raise ValueError(
+            f"residual has shape {v.shape}; expected {x.shape}, that of x: what broadcasts adds a "
+            "sum to its gradient, so ask for that by jnp.broadcast_to(residual, x.shape)"
+        )
+    return v
+
+
+def elementwise(activation, dtype) -> None:
+    """Refuses an `activation` that does not keep shape and dtype; no more of it can be seen."""
+    if activation is None:
+        return
+    if not callable(activation):
+        raise TypeError(f"activation={activation!r}; expected a function, such as jax.nn.relu")
+    probe = jax.ShapeDtypeStruct((2, 3), dtype)
+    result = jax.eval_shape(activation, probe)
+    if getattr(result, "shape", None) != probe.shape or result.dtype != dtype:
+        raise ValueError(
+            f"activation maps {dtype}[2,3] to {result}; expected the same shape and dtype: an "
+            "elementwise function. Apply anything else to y"
+        )
+
+
 def mapped_axes(axis_name, groups):
     """axis_name and groups in static form, and how many devices share one mean."""
     if axis_name is None:

@@ -4,7 +4,7 @@ batch_norm -> _vjp.batch_norm -> _stages     normalizes with the statistics of t
 normalize  -> _stages.normalize              normalizes with given statistics (evaluation)
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 import operator
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 import numpy as np
 
-from jax_bn import _arguments, _shapes, _stages, _vjp
+from jax_bn import _arguments, _residuals, _shapes, _stages, _vjp
 from jax_bn._statistics import BatchStats, merge_stacked
 
 
@@ -30,17 +30,20 @@ def batch_norm(
     axis_name: str | Sequence[str] | None = None,
     axis_index_groups: Sequence[Sequence[int]] | None = None,
     virtual_batch_size: int | None = None,
+    residual: ArrayLike | None = None,
+    activation: Callable[[jax.Array], jax.Array] | None = None,
     dtype: DTypeLike | None = None,
+    forward_mode: bool = False,
 ) -> tuple[jax.Array, BatchStats]:
     """Normalizes each feature of x with its statistics over the batch; backward in closed form.
 
     For one feature, whose N examples are all entries of x with the same index on the feature axes::
 
         mean = sum(x)/N      var = sum(|x - mean|^2)/N      rstd = 1/sqrt(var + epsilon)
-        x_hat = (x - mean)*rstd                             y = scale*x_hat + bias
+        x_hat = (x - mean)*rstd     z = scale*x_hat + bias (+ residual)     y = activation(z)
 
-        dbias = sum(dy)      dscale = sum(dy*x_hat)
-        dx = (scale*rstd/N) * (N*dy - dbias - x_hat*dscale)
+        dz = dy*activation'(z)      dbias = sum(dz)     dscale = sum(dz*x_hat)     dresidual = dz
+        dx = (scale*rstd/N) * (N*dz - dbias - x_hat*dscale)
              + dmean/N + 2*dvar*(x - mean)/N          where the loss uses the statistics themselves
 
     Args:
@@ -61,7 +64,12 @@ def batch_norm(
             (the first reduced one) with statistics of its own: "ghost batches". It divides the
             axis. `stats` are those of the whole batch. With `axis_name` the runs at the same place
             on all devices form one group.
+        residual: added before the activation; of x's shape, any float dtype (complex if y is).
+        activation: an elementwise function such as `jax.nn.relu`, `jax.nn.gelu` or
+            `functools.partial(jax.nn.leaky_relu, negative_slope=0.1)`; static: nothing that it
+            closes over gets a gradient. It is applied in T, before y is rounded to `dtype`.
         dtype: of y; None for x's own.
+        forward_mode: take the rule that `jax.jvp` can use; see below.
 
     Returns:
         `(y, stats)`: y has the shape of x; `stats` is a `BatchStats` with the shape of the feature
@@ -70,7 +78,8 @@ def batch_norm(
     Raises:
         ValueError: an axis out of range or repeated, a scale or bias of the wrong shape, no example
             to reduce, a negative epsilon, a `dtype` that is not inexact or would drop the imaginary
-            part of y, a mask that does not broadcast, an `axis_name` that is not bound, groups
+            part of y, a mask that does not broadcast, a residual of another shape, an
+            activation that changes the shape or the dtype, an `axis_name` that is not bound, groups
             without an `axis_name`, a virtual batch size that does not divide the batch.
         TypeError: an axis or a virtual batch size that is no integer, an epsilon that is no number
             known while tracing, a mask of floats, keys or strings for x.
@@ -88,10 +97,19 @@ def batch_norm(
     sharded, k is the mean itself, for a second sweep. y and dx then err by eps(T)*|mean|/std, the
     rounding of the mean itself, beyond a few ulps.
 
-    Differentiable in x, scale and bias, in y and in the statistics: reverse mode to any order,
-    exact. Kept between forward and backward: x, the mask, and a few numbers a feature. Forward mode
-    (`jax.jvp`) of the function itself raises JAX's TypeError, as for every `jax.custom_vjp`;
-    forward over reverse (`jax.hessian`) works, and `jax_bn.reference.batch_norm` does both.
+    Differentiable in x, scale, bias and residual, in y and in the statistics: reverse mode to any
+    order, and forward over reverse (`jax.hessian`), exact. Forward mode of the function itself
+    (`jax.jvp`, `jax.jacfwd`, `jax.linearize`) is JAX's TypeError "can't apply forward-mode
+    differentiation (jvp) to a custom_vjp function", which cannot be made to say more: pass
+    `forward_mode=True`. Then the tangent is the closed form, dx_hat = rstd*(dx - sum(dx)/N -
+    x_hat*sum(x_hat*dx)/N), JAX transposes it for reverse mode, and all nestings of the two work.
+    The default is there because its backward stages can be a backend's own kernels.
+
+    Kept between forward and backward: x, the mask and a few numbers a feature. With an activation
+    and a residual also y, if the activation is relu or leaky_relu, or else the residual. (With
+    `forward_mode` the residual in both cases.) Under `jax.checkpoint`, `jax_bn.remat_policy` keeps
+    just x and the numbers. What is not differentiated costs nothing once compiled: no dx for data,
+    no rule of the statistics where the loss does not use them.
 
     A feature with no valid example has count 0, mean 0, var 0, y = bias and no gradient.
 
@@ -132,20 +150,22 @@ def batch_norm(
     bias = None if bias is None else _arguments.per_feature("bias", bias, x, features)
     if mask is not None:
         mask = _shapes.aligned_mask(jnp.asarray(mask), x.shape, features)
+    residual = None if residual is None else _arguments.residual(residual, x)
     names, groups, devices = _arguments.mapped_axes(axis_name, axis_index_groups)
-    stat_dtype = _arguments.arithmetic_dtype(y_dtype, x, scale, bias)
+    stat_dtype = _arguments.arithmetic_dtype(y_dtype, x, scale, bias, residual)
     x, scale, bias = _arguments.in_arithmetic(stat_dtype, x, scale, bias)
-    spec = _vjp.Spec(reduced, stat_dtype, y_dtype, names, groups)
+    _arguments.elementwise(activation, stat_dtype)
+    spec = _vjp.Spec(reduced, stat_dtype, y_dtype, names, groups, activation, bool(forward_mode))
 
-    def one_batch(x, mask):
-        y, count, mean, var = _vjp.batch_norm(spec, x, mask, scale, bias, epsilon)
+    def one_batch(x, mask, residual):
+        y, count, mean, var = _vjp.batch_norm(spec, x, mask, scale, bias, residual, epsilon)
         count = jnp.broadcast_to(count, mean.shape)
         return y, BatchStats(*(jnp.squeeze(v, reduced) for v in (mean, var, count)))
 
     if virtual_batch_size is None:
-        y, stats = one_batch(x, mask)
+        y, stats = one_batch(x, mask, residual)
     else:
-        y, stats = _in_virtual_batches(one_batch, x, mask, reduced, virtual_batch_size)
+        y, stats = _in_virtual_batches(one_batch, x, mask, residual, reduced, virtual_batch_size)
     if mask is None:
         # The count is known while tracing. Kept so, it lets `update_running_stats` refuse 1.
         known = np.full(stats.count.shape, examples * devices, stats.count.dtype)
@@ -162,14 +182,17 @@ def normalize(
     *,
     axis: int | Sequence[int] = -1,
     epsilon: float = 1e-5,
+    residual: ArrayLike | None = None,
+    activation: Callable[[jax.Array], jax.Array] | None = None,
     dtype: DTypeLike | None = None,
 ) -> jax.Array:
     """Normalizes x with given statistics: batch normalization in evaluation.
 
-    y = scale * (x - mean)/sqrt(var + epsilon) + bias
+    y = activation(scale * (x - mean)/sqrt(var + epsilon) + bias + residual)
 
     Args:
-        x, scale, bias, axis, epsilon, dtype: as in `batch_norm`. x may hold no examples.
+        x, scale, bias, axis, epsilon, residual, activation, dtype: as in `batch_norm`. x may hold
+            no examples.
         mean, var: shape of the feature axes; usually the running averages. var is real.
 
     Returns:
@@ -182,7 +205,8 @@ def normalize(
     eps*|mean|/std for the rounding of the mean.
 
     Differentiable in every array, to any order, in forward and reverse mode. Kept for the backward
-    pass: x itself and the per-feature arrays; the rest is computed again.
+    pass: x itself, the residual if there is an activation, and the per-feature arrays; the rest is
+    computed again.
 
     Elementwise, so it shards as x does, without communication.
 
@@ -207,15 +231,17 @@ def normalize(
     bias = None if bias is None else _arguments.per_feature("bias", bias, x, features)
     if jnp.iscomplexobj(var):
         raise TypeError(f"var has dtype {var.dtype}; a variance is real: pass var.real")
-    wide = _arguments.arithmetic_dtype(y_dtype, x, mean, var, scale, bias)
+    residual = None if residual is None else _arguments.residual(residual, x)
+    wide = _arguments.arithmetic_dtype(y_dtype, x, mean, var, scale, bias, residual)
+    _arguments.elementwise(activation, wide)
     x, mean, scale, bias = _arguments.in_arithmetic(wide, x, mean, scale, bias)
     rstd = lax.rsqrt(var.astype(jnp.finfo(wide).dtype) + epsilon).astype(wide)
     # checkpoint: keep x for the backward pass, not x - mean in a wider dtype.
-    stage = jax.checkpoint(partial(_stages.normalize, dtype=y_dtype))
-    return stage(x, mean, rstd, scale, bias)
+    stage = jax.checkpoint(partial(_stages.normalize, activation=activation, dtype=y_dtype))
+    return stage(_residuals.named_x(x), mean, rstd, scale, bias, residual)
 
 
-def _in_virtual_batches(one_batch, x, mask, reduced: tuple[int, ...], size: int):
+def _in_virtual_batches(one_batch, x, mask, residual, reduced: tuple[int, ...], size: int):
     """`one_batch` on each `size` consecutive examples of the batch axis; statistics of all."""
     batch, n = (reduced[0], x.shape[reduced[0]]) if reduced else (None, 1)
     try:
@@ -228,7 +254,7 @@ def _in_virtual_batches(one_batch, x, mask, reduced: tuple[int, ...], size: int)
             f"{n}) into whole groups; expected a divisor of {n}: drop or pad and mask the rest"
         )
     if batch is None:
-        return one_batch(x, mask)
+        return one_batch(x, mask, residual)
 
     if (n // size) % (shards := _shapes.shards(x, batch)):
         raise ValueError(
@@ -241,7 +267,8 @@ def _in_virtual_batches(one_batch, x, mask, reduced: tuple[int, ...], size: int)
         return v.reshape(*v.shape[:batch], n // size, size, *v.shape[batch + 1 :])
 
     shared_mask = mask is None or mask.shape[batch] == 1
-    y, stats = jax.vmap(
-        one_batch, in_axes=(batch, None if shared_mask else batch), out_axes=(batch, 0)
-    )(split(x), mask if shared_mask else split(mask))
+    # tree.map: None stays None
+    args = split(x), mask if shared_mask else split(mask), jax.tree.map(split, residual)
+    in_axes = batch, None if shared_mask else batch, batch
+    y, stats = jax.vmap(one_batch, in_axes, out_axes=(batch, 0))(*args)
     return y.reshape(x.shape), merge_stacked(stats)

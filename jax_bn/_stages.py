@@ -1,28 +1,42 @@
 """The four stages of batch normalization in jnp: the arithmetic over whole arrays.
 
-    forward    moments(x)       --merge over devices-->   normalize(x, mean, rstd, scale, bias)
-    backward   grad_sums(dy, x) ---sum over devices--->   grad_input(dy, x, ..., sums)
+    forward    moments(x)      --merge over devices-->   normalize(x, mean, rstd, scale, bias, ...)
+    backward   grad_sums(dy, kept)  --sum over devices-->   grad_input(dy, kept, sums)
 
 `Stages` is what a backend has to provide. The versions here are at once the default backend, the
 definition of what every other one must compute, and the oracle it is tested against. A stage works
 on the examples it is given: it knows nothing of automatic differentiation and nothing of devices.
 
-Shapes, in every signature: x, dy and y are [N, C] and stand for any rank; per-feature arrays are
-[1, C] (see `_shapes`); the mask is None, or bool and broadcasts to x. N is the number of examples,
-count how many of them are valid. Per-feature arrays have dtype T, float32 or wider, and so has the
-arithmetic. For complex x T is complex, count and m2 are real; for real x `conj`, `real` and the
-casts between the two do nothing.
+Shapes, in every signature: x, dy, y and the residual are [N, C] and stand for any rank; per-feature
+arrays are [1, C] (see `_shapes`); the mask is None, or bool and broadcasts to x. N is the number of
+examples, count how many of them are valid. Per-feature arrays have dtype T, float32 or wider, and
+so has the arithmetic. For complex x T is complex, count and m2 are real; for real x `conj`, `real`
+and the casts between the two do nothing.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 from jax import lax
 import jax.numpy as jnp
 
-from jax_bn import _shapes
+from jax_bn import _activations, _shapes
 
 Axes = tuple[int, ...]
+
+
+class Kept(NamedTuple):
+    """What the backward stages know of the forward pass; and nothing else is kept for them."""
+
+    x: Any  # [N, C], as narrow as it came
+    mask: Any
+    count: Any
+    mean: Any  # [1, C], as all that follows but the last
+    rstd: Any
+    scale: Any  # or None, and so are the bias
+    bias: Any
+    beside: Any = None  # [N, C]: the residual or y, whichever `_activations.keeps` asks for
 
 
 class Stages(NamedTuple):
@@ -54,42 +68,80 @@ def moments(x, mask, *, axes: Axes, dtype):
     return count, shift, s / n.astype(dtype), jnp.where(m2 < 0, 0, m2)
 
 
-def normalize(x, mean, rstd, scale, bias, *, dtype):
-    """y = (x - mean) * (rstd * scale) + bias. :: [N, C] -> [N, C] in dtype
+def normalize(x, mean, rstd, scale, bias, residual=None, *, activation=None, dtype):
+    """y = activation((x - mean)*(rstd*scale) + bias + residual). :: [N, C] -> [N, C] in dtype
 
     Centred before it is scaled: folding the mean into the bias would lose log10(|mean|/std) digits.
     """
-    y = (x.astype(mean.dtype) - mean) * _times(rstd, scale)
-    return (y if bias is None else y + bias).astype(dtype)
+    z = (x.astype(mean.dtype) - mean) * _times(rstd, scale)
+    z = z if bias is None else z + bias
+    z = z if residual is None else z + residual.astype(z.dtype)
+    return (z if activation is None else activation(z)).astype(dtype)
 
 
-def grad_sums(dy, x, mask, mean, rstd, *, axes: Axes):
-    """dbias = sum(dy), dscale = sum(dy * x_hat) over these examples. :: [N, C] -> [1, C] twice
+def grad_sums(dy, kept: Kept, *, activation=None, axes: Axes):
+    """dbias = sum(dz), dscale = sum(dz * x_hat) over these examples. :: [N, C] -> [1, C] twice
 
     rstd stands outside the sum: inside, XLA:CPU writes x_hat out, in float32 and whole.
     """
-    dy = _select(mask, dy.astype(mean.dtype))
-    return _sum(dy, axes), rstd * _sum(dy * centred(x, mask, mean), axes)
+    dz = grad_z(dy, kept, activation)
+    return _sum(dz, axes), kept.rstd * _sum(dz * centred(kept), axes)
 
 
-def grad_input(dy, x, mask, mean, rstd, scale, sums, count):
-    """dx of the final equation. :: [N, C] -> [N, C] in x's dtype
+def grad_input(dy, kept: Kept, sums, *, activation=None, dtype):
+    """dx of the final equation, and dz. :: [N, C] -> [N, C] in dtype, [N, C] in T
 
-    dx = (rstd/count) * (count*dx_hat - sum(dx_hat) - x_hat*sum(dx_hat*x_hat)),  dx_hat = scale*dy
+    dx = (rstd/count) * (count*dx_hat - sum(dx_hat) - x_hat*sum(dx_hat*x_hat)),  dx_hat = scale*dz
 
     `sums` are the two over all examples, scale*dbias and scale*dscale where all share one scale.
     """
-    n = jnp.maximum(count, 1)
-    dx_hat = _times(_select(mask, dy.astype(mean.dtype)), scale)
-    mean_dx_hat = sums[0] / n.astype(mean.dtype)
-    slope = rstd * (jnp.real(sums[1]) / n).astype(mean.dtype)
-    dx = rstd * (dx_hat - mean_dx_hat - slope * jnp.conj(centred(x, mask, mean)))
-    return _select(mask, dx).astype(x.dtype)
+    n = jnp.maximum(kept.count, 1)
+    dz = grad_z(dy, kept, activation)
+    mean_dx_hat = sums[0] / n.astype(dz.dtype)
+    slope = kept.rstd * (jnp.real(sums[1]) / n).astype(dz.dtype)
+    dx = kept.rstd * (_times(dz, kept.scale) - mean_dx_hat - slope * jnp.conj(centred(kept)))
+    return _select(kept.mask, dx).astype(dtype), dz
 
 
-def centred(x, mask, mean):
+def grad_z(dy, kept: Kept, activation):
+    """dz = dy * activation'(z), 0 where masked. :: [N, C] -> [N, C] in T
+
+    z, the argument of the activation, is computed again, or as much of it as its derivative takes.
+    """
+    dy = _select(kept.mask, dy.astype(kept.mean.dtype))
+    if activation is None:
+        return dy
+    if (sides := _activations.sides(activation)) is not None:
+        return jnp.where(_above(kept, sides), dy, sides.slope * dy)
+    (dz,) = jax.vjp(activation, before_activation(kept))[1](dy)
+    return dz
+
+
+def before_activation(kept: Kept):
+    """z = bn(x) + residual; where masked, that of zeros. :: [N, C] -> [N, C] in T"""
+    x, residual = _select(kept.mask, kept.x), _select(kept.mask, kept.beside)
+    mean, rstd, scale, bias = kept.mean, kept.rstd, kept.scale, kept.bias
+    return normalize(x, mean, rstd, scale, bias, residual, dtype=mean.dtype)
+
+
+def _above(kept: Kept, sides: _activations.Sides):
+    """Where z lies above the kink of the activation. :: [N, C] -> bool[N, C]
+
+    From y, which has z's sign, where there was a residual. Else from x, by its side of the value at
+    which z is 0, and not by the sign of z computed again: XLA:GPU would write that out.
+    """
+    greater = jnp.greater_equal if sides.closed else jnp.greater
+    if kept.beside is not None:
+        return greater(kept.beside, 0)
+    x, a = kept.x.astype(kept.mean.dtype), _times(kept.rstd, kept.scale)
+    bias = jnp.zeros_like(a) if kept.bias is None else kept.bias
+    kink = kept.mean - bias / jnp.where(a == 0, 1, a)
+    return jnp.where(a > 0, greater(x, kink), jnp.where(a < 0, greater(kink, x), greater(bias, 0)))
+
+
+def centred(kept: Kept):
     """x - mean in T, 0 where masked. :: [N, C] -> [N, C]"""
-    return _select(mask, x.astype(mean.dtype) - mean)
+    return _select(kept.mask, kept.x.astype(kept.mean.dtype) - kept.mean)
 
 
 XLA = Stages(moments, normalize, grad_sums, grad_input)
@@ -131,9 +183,9 @@ def _count(x, mask, axes: Axes, dtype):
     return _sum(mask.astype(real), axes) * per_entry
 
 
-def _select(mask, v):
+def _select(mask, v) -> Any:
     """The valid entries of v, 0 elsewhere; selected, since a NaN survives multiplication by 0."""
-    return v if mask is None else jnp.where(mask, v, 0)
+    return v if mask is None or v is None else jnp.where(mask, v, 0)
 
 
 def _sum(v, axes: Axes):

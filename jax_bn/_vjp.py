@@ -1,32 +1,38 @@
-"""The closed form of the backward pass, as the rule of a `jax.custom_vjp`; and every collective.
+"""The closed form of both derivatives, as rules that JAX calls; and every collective.
 
 The way of the data, on each device (a single one: the sums over devices are then nothing):
 
     forward    x -> moments -> count, mean, m2 here -> merge over devices -> count, mean, var, rstd
-               x, mean, rstd, scale, bias -> normalize -> y
-    backward   dy, x, mean, rstd -> grad_sums -> dbias, dscale here -> sum over devices -> sums
-               dy, x, mean, rstd, scale, sums, count -> grad_input -> dx
+               x, mean, rstd, scale, bias, residual -> normalize -> y
+    backward   dy, kept -> grad_sums -> dbias, dscale here -> sum over devices -> sums
+               dy, kept, sums -> grad_input -> dx, dz
 
 Glossary (* marks an array of x's size, the others hold one number a feature):
 
     x* y*  input, output     mean var   statistics          x_hat*  (x - mean)*rstd
     dx* dy*  cotangents      rstd       1/sqrt(var + eps)   scale, bias   gamma, beta
     mask*  which examples are valid     count   how many    m2      count*var
+    residual*  added to the result      z*  y before its activation     kept  `_stages.Kept`
 
-Knows the stages by their signatures (and `centred`, which D13 needs), so that any backend can stand
-behind them. The statistics that leave this file are differentiable too, by a rule of their own: JAX
-differentiates the small merge over devices between the two rules, and so gets its transpose right
-in every parallel mode.
+The rules: `_moments` has a tangent (D1; JAX transposes it into D13), the function y has a tangent
+(`_tangent_of_y`, D14) and, by default, a cotangent of its own on top of it (`_normalize`, D12).
+The merge over devices stands between them as plain code: JAX differentiates it, and so gets its
+transpose right in every parallel mode.
+
+Knows the stages by their signatures (and `centred`), so that any backend can stand behind them.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 import jax.numpy as jnp
 
-from jax_bn import _stages, _statistics
+from jax_bn import _activations, _residuals, _stages, _statistics
+from jax_bn._stages import Kept
 
 
 class Spec(NamedTuple):
@@ -37,18 +43,22 @@ class Spec(NamedTuple):
     y_dtype: jnp.dtype
     axis_name: tuple[str, ...] = ()  # device axes that the statistics run over
     axis_index_groups: tuple[tuple[int, ...], ...] | None = None
+    activation: Callable | None = None
+    forward_mode: bool = False
     stages: _stages.Stages = _stages.XLA
 
 
-# `Any`, because type checkers lose a function's type behind `partial`.
-_rule: Any = partial(jax.custom_vjp, nondiff_argnums=(0,))  # the Spec is static
+# `Any`, because type checkers lose a function's type behind `partial`. The Spec is static.
+_with_vjp: Any = partial(jax.custom_vjp, nondiff_argnums=(0,))
+_with_jvp: Any = partial(jax.custom_jvp, nondiff_argnums=(0,))
 
 
-def batch_norm(spec: Spec, x, mask, scale, bias, epsilon):
+def batch_norm(spec: Spec, x, mask, scale, bias, residual, epsilon):
     """All of it. :: x[N, C], scale[1, C], bias[1, C] -> y[N, C]; count, mean, var [1, C]."""
-    if mask is not None and (missing := _varying(mask) - _varying(x)):
-        # A masked x differs between devices as its mask does. JAX transposes this into their sum.
-        x = lax.pcast(x, tuple(sorted(missing)), to="varying")
+    # A masked x differs between devices as its mask does; a residual's cotangent as y does.
+    x = _varying_as(x, mask)
+    residual = None if residual is None else _varying_as(residual, x, scale, bias)
+    x = _residuals.named_x(x)
     count, shift, offset, m2 = _moments(spec, x, mask)
     count, shift = lax.stop_gradient((count, shift))
     if spec.axis_name:
@@ -57,18 +67,19 @@ def batch_norm(spec: Spec, x, mask, scale, bias, epsilon):
     mean, var = shift + offset, m2 / jnp.maximum(count, 1)
     # A feature with nothing valid has no x_hat; rstd = 0 makes it 0, so that y = bias and dx = 0.
     rstd = jnp.where(count > 0, lax.rsqrt(var + epsilon), 0).astype(spec.stat_dtype)
-    y = _normalize(spec, x, mask, count, mean, rstd, scale, bias)
+    count, mean, rstd = _residuals.named_statistics((count, mean, rstd))
+    rule = _normalize_forward if spec.forward_mode else _normalize
+    y = rule(spec, Kept(x, mask, count, mean, rstd, scale, bias, residual))
     return y, count, mean, var
 
 
-# ---- the rule of y -------------------------------------------------------------------------------
+# ---- the rules of y ------------------------------------------------------------------------------
 #
-# `mean` and `rstd` are arguments of `_normalize` and functions of x at once. The rule answers for
-# every way in which x reaches y: its dx is the derivative of the whole batch normalization, and the
-# cotangents of `mean` and `rstd` are None, since nothing is left for them. (They stay
-# differentiable as residuals: so a second derivative, which differentiates this rule, moves them.
-# For the same reason the forward rules call the stages and not the functions with rules, which
-# could not be differentiated forward: `jax.hessian` is forward over reverse.)
+# `mean` and `rstd` are arguments of y's rules and functions of x at once. The rules answer for all
+# ways in which x reaches y: the tangent and dx are those of the whole batch normalization, the
+# tangents of `mean` and `rstd` are ignored and their cotangents None, since nothing is left for
+# them. (They stay differentiable as residuals: so a second derivative, which differentiates a rule,
+# moves them.)
 #
 # The derivation, for one feature; x, y, ... are columns of length N, 1 is the column of ones.
 #
@@ -88,69 +99,128 @@ def batch_norm(spec: Spec, x, mask, scale, bias, epsilon):
 # the sums run over these (D15); of D12 the form before the last step, sums of dx_hat, since devices
 # may have scales of their own. For complex x the same steps, in JAX's convention (a product's
 # cotangent takes no conjugate), give conj(x_hat) Re(scale*dscale) as the last term.
+#
+# With a residual and an activation, y = act(z), z = bn(x) + residual: dz = dy*act'(z) stands for dy
+# in all of this, and is the cotangent of the residual (D16).
 
 
-@_rule
-def _normalize(spec, x, mask, count, mean, rstd, scale, bias):
-    del mask, count  # for the backward pass
-    return spec.stages.normalize(x, mean, rstd, scale, bias, dtype=spec.y_dtype)
+@_with_vjp
+def _normalize(spec, args):
+    return _y(spec, args)
 
 
-def _normalize_fwd(spec, x, mask, count, mean, rstd, scale, bias):
-    y = spec.stages.normalize(x, mean, rstd, scale, bias, dtype=spec.y_dtype)
-    if mask is not None:
-        # The same y, for a higher derivative that differentiates this line: none may pass a masked
-        # position, and a NaN that stands there must not get into that of the scale.
-        valid = spec.stages.normalize(
-            jnp.where(mask, x, 0), mean, rstd, scale, bias, dtype=spec.y_dtype
-        )
-        y = jnp.where(mask, valid, lax.stop_gradient(y))
-    return y, (x, mask, count, mean, rstd, scale, bias)
+def _normalize_fwd(spec, args):
+    # With a tangent of its own, for higher derivatives that differentiate this line.
+    y = _normalize_forward(spec, args)
+    kept = args._replace(beside=_activations.keeps(spec.activation, args.beside, y))
+    return y, (kept, None if args.beside is None else jnp.zeros((), args.beside.dtype))
 
 
 def _normalize_bwd(spec, residuals, dy):
-    x, mask, count, mean, rstd, scale, bias = residuals
-    here = spec.stages.grad_sums(dy, x, mask, mean, rstd, axes=spec.axes)
-    scaled = here if scale is None else tuple(v * scale for v in here)
+    kept, like = residuals
+    here = spec.stages.grad_sums(dy, kept, activation=spec.activation, axes=spec.axes)
+    scaled = here if kept.scale is None else tuple(v * kept.scale for v in here)
     everywhere, sums = _psum(spec, (here, scaled))
-    dx = spec.stages.grad_input(dy, x, mask, mean, rstd, scale, sums, count)
+    dx, dz = spec.stages.grad_input(dy, kept, sums, activation=spec.activation, dtype=kept.x.dtype)
     dbias, dscale = (
         None if primal is None else _cotangent_of(primal, local, total, spec.axis_name)
-        for primal, local, total in zip((bias, scale), here, everywhere, strict=True)
+        for primal, local, total in zip((kept.bias, kept.scale), here, everywhere, strict=True)
     )
-    return _cotangent_of(x, dx), None, None, None, None, dscale, dbias
+    dresidual = None if like is None else dz.astype(like.dtype)
+    dx = _cotangent_of(kept.x, dx)
+    return (Kept(dx, None, None, None, None, dscale, dbias, dresidual),)
 
 
 _normalize.defvjp(_normalize_fwd, _normalize_bwd)
 
 
+# The Jacobian of D11 is symmetric, so the tangent of x_hat is D11 once more, with the tangent of x
+# in the place of the cotangent: the same two stages (D14). For complex x, where a tangent is a
+# cotangent's conjugate in JAX's convention, it is conj(J conj(dx)).
+#
+# JAX transposes the tangent where reverse mode is asked of it. `checkpoint` leaves it x to do so
+# from, and not x - mean in a wider dtype. prevent_cse=False: all there is to recompute is
+# elementwise, and fuses into the sweep that needs it.
+
+
+@_with_jvp
+def _normalize_forward(spec, args):
+    return _y(spec, args)
+
+
+def _y(spec, args):
+    x, _, _, *rest = args
+    return spec.stages.normalize(x, *rest, activation=spec.activation, dtype=spec.y_dtype)
+
+
+@partial(_normalize_forward.defjvp, symbolic_zeros=True)
+def _normalize_jvp(spec, primals, tangents):
+    (args,), (tangents,) = primals, tangents
+    tangent = jax.checkpoint(partial(_tangent_of_y, spec), prevent_cse=False)
+    moving = jax.tree.map(_unless_zero, tangents, is_leaf=_is_zero)
+    return _normalize_forward(spec, args), tangent(args, moving)
+
+
+def _tangent_of_y(spec, args, moving):
+    """dz = scale*dx_hat + dscale*x_hat + dbias + dresidual, and of the activation that of z.
+
+    0 where masked. A tangent of None is nothing.
+    """
+    T = spec.stat_dtype
+    x_hat = args._replace(scale=None, bias=None, beside=None)  # as if it were the y of D11
+    dz = jnp.zeros(args.x.shape, T)
+    if moving.x is not None:
+        dx = jnp.conj(moving.x)
+        sums = _psum(spec, _stages.grad_sums(dx, x_hat, axes=spec.axes))
+        dx_hat = jnp.conj(_stages.grad_input(dx, x_hat, sums, dtype=T)[0])
+        dz += dx_hat if args.scale is None else args.scale * dx_hat
+    if moving.scale is not None:
+        dz += moving.scale * (args.rstd * _stages.centred(args))
+    if moving.bias is not None:
+        dz += moving.bias
+    if moving.beside is not None:
+        dz += moving.beside.astype(T)
+    if spec.activation is not None:
+        _, dz = jax.jvp(spec.activation, (_stages.before_activation(args),), (dz,))
+    # Selected last: transposed, first, before a NaN in a masked cotangent meets any arithmetic.
+    dz = dz if args.mask is None else jnp.where(args.mask, dz, 0)
+    return dz.astype(spec.y_dtype)
+
+
+def _is_zero(tangent) -> bool:
+    return isinstance(tangent, SymbolicZero)
+
+
+def _unless_zero(tangent):
+    return None if _is_zero(tangent) else tangent
+
+
 # ---- the rule of the statistics ------------------------------------------------------------------
 #
-#   mean = sum(x)/N,  m2 = sum((x - mean)^2)   so  dx = dmean/N + dm2*2*(x - mean)           (D13)
+#   mean = sum(x)/N             tangents   dmean = sum(dx)/N
+#   m2 = sum((x - mean)^2)                 dm2 = 2 sum((x - mean)*dx),  since sum(x - mean) = 0
 #
-# (dm2 = dvar/N; the derivative of m2 through the mean is -2 sum(x - mean) = 0.)
+# Their transpose is what the statistics add to dx:  dx = dmean/N + dm2*2*(x - mean)         (D13)
 
 
-@_rule
+@_with_jvp
 def _moments(spec, x, mask):
     return spec.stages.moments(x, mask, axes=spec.axes, dtype=spec.stat_dtype)
 
 
-def _moments_fwd(spec, x, mask):
-    count, shift, offset, m2 = spec.stages.moments(x, mask, axes=spec.axes, dtype=spec.stat_dtype)
-    return (count, shift, offset, m2), (x, mask, count, shift + offset)
+@_moments.defjvp
+def _moments_jvp(spec, primals, tangents):
+    x, mask = primals
+    count, shift, offset, m2 = _residuals.named_statistics(_moments(spec, x, mask))
+    dx, _ = tangents
 
+    def tangent(x, mask, count, mean, dx):
+        not_scaled = Kept(x, mask, count, mean, jnp.ones((), mean.dtype), None, None)
+        s, along = _stages.grad_sums(jnp.conj(dx), not_scaled, axes=spec.axes)
+        return jnp.conj(s) / jnp.maximum(count, 1).astype(mean.dtype), 2 * jnp.real(along)
 
-def _moments_bwd(spec, residuals, cotangents):
-    del spec
-    x, mask, count, mean = residuals
-    _, _, dmean, dm2 = cotangents  # that of the offset is that of the mean
-    n, dm2 = jnp.maximum(count, 1).astype(mean.dtype), dm2.astype(mean.dtype)
-    dx = dmean / n + 2 * dm2 * jnp.conj(_stages.centred(x, mask, mean))
-    return (dx if mask is None else jnp.where(mask, dx, 0)).astype(x.dtype), None
-
-
-_moments.defvjp(_moments_fwd, _moments_bwd)
+    dmean, dm2 = jax.checkpoint(tangent, prevent_cse=False)(x, mask, count, shift + offset, dx)
+    return (count, shift, offset, m2), (jnp.zeros_like(count), jnp.zeros_like(shift), dmean, dm2)
 
 
 # ---- several devices -----------------------------------------------------------------------------
@@ -183,6 +253,13 @@ def _cotangent_of(primal, here, everywhere=None, axis_name=()):
     if everywhere is not None and missing == set(axis_name):
         return everywhere
     return lax.psum(here, tuple(sorted(missing)))
+
+
+def _varying_as(v, *others):
+    """v, varying along the device axes of the others too; transposed, a sum over these."""
+    axes = frozenset().union(*(_varying(a) for a in others if a is not None))
+    missing = axes - _varying(v)
+    return lax.pcast(v, tuple(sorted(missing)), to="varying") if missing else v
 
 
 def _varying(a) -> frozenset[str]:

@@ -1,6 +1,6 @@
 """The Flax Linen layer: fields, variables, one call. The arithmetic is in `batch_norm`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 from typing import Any
 
@@ -44,6 +44,10 @@ class BatchNorm(nn.Module):
         force_float32_reductions: dtype of the running averages: float32, or `param_dtype` if False.
         virtual_batch_size: examples that share statistics in training, None for all; keyword only,
             not in Flax; ignored while initializing.
+        activation: elementwise, applied to the result (to its sum with the `residual` of the call):
+            in the same sweep, and nothing more kept for it; keyword only, not in Flax.
+        forward_mode: whether `jax.jvp` and `jax.jacfwd` must pass through the layer in training, as
+            in `jax_bn.batch_norm`; keyword only, not in Flax.
 
     Variables: collection `batch_stats` with `mean` and `var`, params `scale` and `bias`, each of
     the shape of the feature axes.
@@ -74,6 +78,10 @@ class BatchNorm(nn.Module):
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
     virtual_batch_size: int | None = dataclasses.field(default=None, kw_only=True)
+    activation: Callable[[jax.Array], jax.Array] | None = dataclasses.field(
+        default=None, kw_only=True
+    )
+    forward_mode: bool = dataclasses.field(default=False, kw_only=True)
 
     @nn.compact
     def __call__(
@@ -82,6 +90,7 @@ class BatchNorm(nn.Module):
         use_running_average: bool | None = None,
         *,
         mask: jax.typing.ArrayLike | None = None,
+        residual: jax.typing.ArrayLike | None = None,
     ) -> jax.Array:
         """Normalizes x; in training also updates the running averages.
 
@@ -90,6 +99,7 @@ class BatchNorm(nn.Module):
             use_running_average: as the field; given in exactly one of the two places.
             mask: which examples count in training, 0/1 of any dtype; broadcasts to x as in Flax, or
                 else to its batch axes; see `jax_bn.batch_norm`.
+            residual: of x's shape, added before the activation; not in Flax.
 
         Returns:
             y, of x's shape.
@@ -113,6 +123,8 @@ class BatchNorm(nn.Module):
         common: dict[str, Any] = dict(
             axis=self.axis,
             epsilon=self.epsilon,
+            residual=residual,
+            activation=self.activation,
             dtype=dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype),
         )
         if use_running_average:
@@ -126,6 +138,7 @@ class BatchNorm(nn.Module):
             axis_name=None if initializing else self.axis_name,
             axis_index_groups=None if initializing else self.axis_index_groups,
             virtual_batch_size=None if initializing else self.virtual_batch_size,
+            forward_mode=self.forward_mode,
             **common,
         )
         if not initializing:

@@ -45,6 +45,10 @@ class BatchNorm(nnx.Module):
         rngs: its `params` stream is drawn for the scale, then for the bias.
         bias_metadata, scale_metadata: for the `nnx.Param`s.
         virtual_batch_size: examples that share statistics in training, None for all; not in Flax.
+        activation: elementwise, applied to the result (to its sum with the `residual` of the call):
+            in the same sweep, and nothing more kept for it; not in Flax.
+        forward_mode: whether `jax.jvp` and `jax.jacfwd` must pass through the layer in training, as
+            in `jax_bn.batch_norm`; not in Flax.
 
     Variables: `mean` and `var` (`nnx.BatchStat`, float32), `scale` and `bias` (`nnx.Param` or
     None), each of shape `(num_features,)`.
@@ -84,6 +88,8 @@ class BatchNorm(nnx.Module):
         bias_metadata: Mapping[str, Any] = MappingProxyType({}),
         scale_metadata: Mapping[str, Any] = MappingProxyType({}),
         virtual_batch_size: int | None = None,
+        activation: Callable[[jax.Array], jax.Array] | None = None,
+        forward_mode: bool = False,
     ):
         shape = (num_features,)
         self.mean = nnx.BatchStat(jnp.zeros(shape, jnp.float32))
@@ -112,6 +118,8 @@ class BatchNorm(nnx.Module):
         self.use_fast_variance = use_fast_variance
         self.promote_dtype = promote_dtype
         self.virtual_batch_size = virtual_batch_size
+        self.activation = activation
+        self.forward_mode = forward_mode
 
     def __call__(
         self,
@@ -119,6 +127,7 @@ class BatchNorm(nnx.Module):
         use_running_average: bool | None = None,
         *,
         mask: jax.typing.ArrayLike | None = None,
+        residual: jax.typing.ArrayLike | None = None,
     ) -> jax.Array:
         """Normalizes x; in training also updates the running averages.
 
@@ -127,6 +136,7 @@ class BatchNorm(nnx.Module):
             use_running_average: wins over the attribute.
             mask: which examples count in training, 0/1 of any dtype; broadcasts to x as in Flax, or
                 else to its batch axes; see `jax_bn.batch_norm`.
+            residual: of x's shape, added before the activation; not in Flax.
 
         Returns:
             y, of x's shape.
@@ -152,6 +162,8 @@ class BatchNorm(nnx.Module):
         common: dict[str, Any] = dict(
             axis=self.axis,
             epsilon=self.epsilon,
+            residual=residual,
+            activation=self.activation,
             dtype=dtypes.canonicalize_dtype(px, pscale, pbias, dtype=self.dtype),
         )
         if use_running_average:
@@ -164,6 +176,7 @@ class BatchNorm(nnx.Module):
             axis_name=self.axis_name,
             axis_index_groups=self.axis_index_groups,
             virtual_batch_size=self.virtual_batch_size,
+            forward_mode=self.forward_mode,
             **common,
         )
         # No gradient flows through the averages, as in Flax: a variable is no place for a tracer.

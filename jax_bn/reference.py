@@ -18,15 +18,18 @@ def batch_norm(
     mask=None,
     axis_name=None,
     axis_index_groups=None,
+    residual=None,
+    activation=None,
     dtype=None,
 ):
     """`jax_bn.batch_norm` by its definition: slow, memory-hungry, and beyond doubt.
 
-    mean = sum(x)/N, var = sum |x - mean|^2 / N, y = scale * (x - mean)/sqrt(var + epsilon) + bias.
+    mean = sum(x)/N, var = sum |x - mean|^2 / N, y = scale * (x - mean)/sqrt(var + epsilon) + bias;
+    with a residual and an activation, y = activation(that + residual).
 
     Args:
-        x, scale, bias, axis, epsilon, axis_name, axis_index_groups, dtype: as in
-            `jax_bn.batch_norm`. Statistics are in float32 or x's wider dtype.
+        x, scale, bias, axis, epsilon, axis_name, axis_index_groups, residual, activation, dtype: as
+            in `jax_bn.batch_norm`. Statistics are in float32 or x's wider dtype.
         mask: as there, but of x's rank and bool.
 
     Returns:
@@ -46,7 +49,7 @@ def batch_norm(
     features = {a % x.ndim for a in ((axis,) if isinstance(axis, int) else axis)}
     reduced = tuple(a for a in range(x.ndim) if a not in features)
     y_dtype = dtype or (x.dtype if jnp.issubdtype(x.dtype, jnp.inexact) else jnp.float32)
-    dtypes = [v.dtype for v in (x, scale, bias) if v is not None]
+    dtypes = [v.dtype for v in (x, scale, bias, residual) if v is not None]
     with jax.numpy_dtype_promotion("standard"):
         x = x.astype(jnp.result_type(jnp.float32, y_dtype, *dtypes))
 
@@ -67,6 +70,10 @@ def batch_norm(
         y = y * jnp.expand_dims(scale, reduced).astype(x.dtype)
     if bias is not None:
         y = y + jnp.expand_dims(bias, reduced).astype(x.dtype)
+    if residual is not None:
+        y = y + residual.astype(y.dtype)
+    if activation is not None:
+        y = activation(y)
     if mask is not None:
         y = jnp.where(mask, y, lax.stop_gradient(y))
     return y.astype(y_dtype), tuple(jnp.squeeze(v, reduced) for v in (mean, var, count))

@@ -9,14 +9,16 @@ import jax_bn
 
 PACKAGE = Path(str(jax_bn.__file__)).parent
 MAY_IMPORT = {  # of this package; downward only
-    "__init__": {"_batch_norm", "_statistics", "reference"},
+    "__init__": {"_batch_norm", "_residuals", "_statistics", "reference"},
     "linen": {"_batch_norm", "_shapes", "_statistics"},
     "nnx": {"_batch_norm", "_shapes", "_statistics"},
-    "_batch_norm": {"_arguments", "_shapes", "_stages", "_statistics", "_vjp"},
+    "_batch_norm": {"_arguments", "_residuals", "_shapes", "_stages", "_statistics", "_vjp"},
     "_arguments": {"_shapes"},
-    "_vjp": {"_stages", "_statistics"},
+    "_vjp": {"_activations", "_residuals", "_stages", "_statistics"},
+    "_residuals": set(),
     "_statistics": set(),
-    "_stages": {"_shapes"},
+    "_stages": {"_activations", "_shapes"},
+    "_activations": set(),
     "_shapes": set(),
     "reference": set(),
 }

@@ -1,0 +1,41 @@
+"""Activations whose derivative depends on the side of zero alone, and what a derivative needs.
+
+Knows activations as functions; where z comes from is the business of `_stages`.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import jax
+
+
+class Sides(NamedTuple):
+    """An activation that is z above zero and slope*z below."""
+
+    slope: float
+    closed: bool  # whether zero itself counts as above, as JAX's derivative has it
+
+
+def sides(activation: Callable) -> Sides | None:
+    """The two sides of relu and leaky_relu; None for any other function, which they all may be."""
+    if activation is jax.nn.relu:
+        return Sides(0.0, closed=False)
+    slope = 0.01 if activation is jax.nn.leaky_relu else None
+    if isinstance(activation, partial) and activation.func is jax.nn.leaky_relu:
+        if not activation.args and activation.keywords.keys() <= {"negative_slope"}:
+            slope = activation.keywords.get("negative_slope", 0.01)
+    # A slope of 0 or less would leave y no sign to tell the sides by.
+    if isinstance(slope, (int, float)) and slope > 0:
+        return Sides(float(slope), closed=True)
+    return None
+
+
+def keeps(activation: Callable | None, residual, y):
+    """What the derivative of `activation(bn(x) + residual)` needs beside x: an array or None.
+
+    y is there anyway, since the next layer keeps it; it will do where its sign is all that counts.
+    """
+    if activation is None or residual is None:
+        return None
+    return residual if sides(activation) is None else y
