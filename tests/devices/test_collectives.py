@@ -5,7 +5,6 @@ Flax's layer stands beside: one collective less in the forward pass, with sums o
 
 from functools import partial
 
-from compiled import collectives
 import flax.linen
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 from tolerance import assert_as_accurate, in_float64
 
+from benchmarks.compiled import collectives
 import jax_bn
 
 N, C = 64, 32

@@ -1,0 +1,25 @@
+"""Compilers for devices that are not here. Without them every test skips, and says why."""
+
+import jax
+import pytest
+
+from benchmarks.compiled import compile_for_h200, compile_for_tpu, missing_compiler
+
+jax.config.update("jax_platforms", "cpu")  # before JAX starts, or the plugins look for devices
+
+
+def needs_compiler(target):
+    if reason := missing_compiler(target):
+        pytest.skip(reason)
+
+
+@pytest.fixture(scope="session")
+def for_h200():
+    needs_compiler("h200")
+    return compile_for_h200
+
+
+@pytest.fixture(scope="session", params=["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
+def for_tpu(request):
+    needs_compiler("tpu")
+    return lambda f, *shapes: compile_for_tpu(f, request.param, *shapes)

@@ -1,0 +1,68 @@
+"""How often x goes through the memory of an H200 and of TPUs; Flax's layer stands beside.
+
+The floor is 3 passes forward (two reads, one write) and 5 backward (x and dy twice, dx once).
+"""
+
+import flax.linen
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks.compiled import passes
+import jax_bn
+
+EARLY, LATE = (256, 56, 56, 64), (256, 14, 14, 1024)  # in a ResNet-50, at batch 256
+
+
+def ours(x, scale, bias, mean, var):
+    return jax_bn.batch_norm(x, scale, bias)
+
+
+def flaxs(x, scale, bias, mean, var):
+    layer = flax.linen.BatchNorm(use_running_average=False, dtype=x.dtype)
+    stats = {"mean": mean, "var": var}
+    variables = {"params": {"scale": scale, "bias": bias}, "batch_stats": stats}
+    with jax.numpy_dtype_promotion("standard"):
+        return layer.apply(variables, x, mutable="batch_stats")
+
+
+def counted(layer, compile_, x):
+    """Passes over x of the forward pass, of the backward pass, and of both in one program."""
+
+    def vjp(x, scale, bias, mean, var):
+        def f(x, scale, bias):
+            return layer(x, scale, bias, mean, var)
+
+        return jax.vjp(f, x, scale, bias, has_aux=True)
+
+    def backward(pull, dy):
+        return pull(dy)
+
+    def both(dy, *args):
+        y, pull, stats = vjp(*args)
+        return y, stats, pull(dy)
+
+    args = x, *[jax.ShapeDtypeStruct(x.shape[-1:], jnp.float32)] * 4
+    _, pull, _ = jax.eval_shape(vjp, *args)
+    programs = (layer, *args), (backward, pull, x), (both, x, *args)
+    return tuple(passes(compile_(*program), x) for program in programs)
+
+
+def assert_at_most(actual, expected):
+    """But for what has no more than the features' size: scale, bias, statistics."""
+    assert all(a <= e + 0.05 for a, e in zip(actual, expected, strict=True)), (actual, expected)
+
+
+OF_FLAX = {  # on the H200
+    (EARLY, "bfloat16"): (3, 8, 9),
+    (EARLY, "float32"): (3, 5, 7),
+    (LATE, "bfloat16"): (3, 8, 9),
+    (LATE, "float32"): (3, 5, 7),
+}
+
+
+@pytest.mark.parametrize("size, dtype", OF_FLAX)
+def test_h200(size, dtype, for_h200):
+    x = jax.ShapeDtypeStruct(size, dtype)
+    assert_at_most(counted(ours, for_h200, x), (3, 5, 7))
+    assert counted(flaxs, for_h200, x) == pytest.approx(OF_FLAX[size, dtype], abs=0.06)
