@@ -1,0 +1,1 @@
+"""Networks of full size, each with its batch normalization as an option."""
