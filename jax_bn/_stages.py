@@ -166,9 +166,13 @@ def _shift(x, mask, n, axes: Axes, dtype):
         start[batch] = min(i, x.shape[batch] - 1)
         stop = [start[a] + 1 if a in axes else size for a, size in enumerate(x.shape)]
         # Squeezed: with a batch axis of length 1 the compiler would go on sharding it.
-        return jnp.squeeze(lax.slice(x, start, stop), axes).astype(dtype)
+        return jnp.squeeze(lax.slice(x, start, stop), axes)
 
-    a, b, c = example(0), example(1), example(2)
+    # Without the barrier XLA:TPU upcasts or copies x whole to slice it.
+    three = lax.platform_dependent(
+        [example(0), example(1), example(2)], tpu=lax.optimization_barrier, default=lambda v: v
+    )
+    a, b, c = (v.astype(dtype) for v in three)
     median = jnp.maximum(jnp.minimum(a, b), jnp.minimum(jnp.maximum(a, b), c))
     return jnp.expand_dims(median, axes)
 
@@ -189,7 +193,32 @@ def _select(mask, v) -> Any:
 
 
 def _sum(v, axes: Axes):
-    return jnp.sum(v, axes, keepdims=True)
+    """Sum over axes. On an NVIDIA GPU, if it has few terms, in two steps with a barrier between.
+
+    XLA:GPU itself splits a sum of more than 4096 terms. A shorter one has few threads, and to feed
+    these fast XLA first writes v out, in float32 and whole. Two steps write out the sums of groups,
+    of one example each, or of as many as make 16 terms.
+    """
+
+    def at_once(v):
+        return jnp.sum(v, axes, keepdims=True)
+
+    def in_two_steps(v):
+        groups = v.shape[batch] // group
+        v = v.reshape(*v.shape[:batch], groups, group, *v.shape[batch + 1 :])
+        v = jnp.squeeze(jnp.sum(v, [a + 1 for a in axes], keepdims=True), batch + 1)
+        return jnp.sum(lax.optimization_barrier(v), batch, keepdims=True)
+
+    few = 0 < _shapes.size(v.shape, axes) <= 4096
+    if not axes or v.ndim - 1 in axes or not few:  # along the last axis XLA needs no help
+        return at_once(v)
+    batch, *inner = axes
+    group = max(1, 16 // _shapes.size(v.shape, inner))
+    # A group that lies on several devices would need communication of its own.
+    across = any(_shapes.shards(v, a) > 1 for a in (axes if group > 1 else inner))
+    if across or v.shape[batch] % group:
+        return at_once(v)
+    return lax.platform_dependent(v, cuda=in_two_steps, default=at_once)
 
 
 def _abs2(v):
