@@ -1,0 +1,224 @@
+"""The benchmarks from their command line: what they write, what they tell, what they refuse."""
+
+import copy
+import json
+import os
+import re
+import sys
+
+import pytest
+
+from benchmarks import __main__ as command_line, compare, peers, readme, record, report, torch_peers
+
+ROW = {"measure", "shape", "dtype", "implementation", "seconds", "over_flax", "bound_seconds"}
+HERE = ["jax_bn", "jax_bn fused", "flax.linen"]
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """Of a tiny run, in which two peers are not there: the folder, the JSON file's path."""
+    folder = tmp_path_factory.mktemp("results") / "not" / "there" / "yet"
+    names = ",".join([*HERE, "haiku", torch_peers.CHANNELS_LAST])
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("haiku", "torch"):
+            patch.setitem(sys.modules, module, None)  # then importing it is an ImportError
+        peers.why_missing.cache_clear()
+        torch_peers.why_missing.cache_clear()
+        options = ["--quick", "--rounds=2", "--shape=6x2x2x4", "--dtypes=float32"]
+        options += ["--only=step,network,counters,scaling", "--max-elements=2048"]
+        command_line.main([*options, f"--implementations={names}", f"--out={folder}"])
+    peers.why_missing.cache_clear()
+    torch_peers.why_missing.cache_clear()
+    (path,) = folder.glob("*.json")
+    return folder, path
+
+
+@pytest.fixture
+def result(quick):
+    return record.load(quick[1])
+
+
+def test_fields(result):
+    assert set(record.FIELDS) <= result.keys()
+    assert result["versions"]["jax"] and result["device"]["kind"] and result["date"]
+    assert result["bandwidth"]["bytes_per_second"] > 0
+    timed = {(row["measure"], row["implementation"]) for row in result["times"]}
+    assert timed == {("network", n) for n in HERE} | {("step", "jax_bn"), ("step", "flax.linen")}
+    for row in result["times"]:
+        assert row.keys() >= ROW and row["shape"] == [6, 2, 2, 4]
+        assert 0 < row["seconds"]["low"] <= row["seconds"]["median"] <= row["seconds"]["high"]
+        assert row["bytes_moved"] > 0 and row["peak_temporary_bytes"] >= 0
+        passes = {"step": 8}.get(row["measure"])
+        bound = passes and passes * 6 * 16 * 4 / result["bandwidth"]["bytes_per_second"]
+        assert row["bound_seconds"] == pytest.approx(bound)
+    assert {row["grows"] for row in result["scaling"]["rows"]} == {"N", "C"}
+    assert {row["of"] for row in result["residuals"]} == {"one", "block"}
+
+
+def test_collectives_are_counted_in_a_process_of_several_devices(result):
+    counts = {(r["implementation"], r["measure"]): r["collectives"]["all-reduce"]
+              for r in result["collectives"]["rows"]}  # fmt: skip
+    assert counts["jax_bn", "forward"] == 2 and counts["jax_bn", "step"] == 3
+    assert counts["flax.linen", "forward"] == 1
+
+
+def test_report_and_pictures(quick, result):
+    folder, path = quick
+    text = path.with_suffix(".md").read_text()
+    assert text == report.markdown(result) + "\n"
+    for title in ("## Step", "## Network", "## Counted", "## Not measured"):
+        assert title in text
+    assert {p.name.rsplit("-", 1)[1] for p in folder.glob("*.png")} == {
+        "bars.png",
+        "roofline.png",
+        "scaling.png",
+    }
+
+
+def test_a_missing_peer_is_named_with_the_reason(result):
+    reasons = result["missing"]
+    assert {r["implementation"] for r in result["not_measured"]} == {*reasons, "jax_bn fused"}
+    text = report.markdown(result)
+    for name, module in (("haiku", "haiku"), (torch_peers.CHANNELS_LAST, "torch")):
+        assert module in reasons[name] and "ImportError" in reasons[name].replace(
+            "ModuleNotFound", "Import"
+        )
+        assert f"| {name} | all | {reasons[name]} |" in text
+        assert f"{name}: {reasons[name]}" in readme.section(result, record.ROOT / "a.json")
+
+
+def test_a_peer_that_computes_something_else_is_not_timed(monkeypatch):
+    def wrong(x):
+        return lambda x, scale, bias, state: (2 * x, state), ()
+
+    monkeypatch.setitem(peers.PEERS, "wrong", peers.Peer(wrong))
+    assert "ArithmeticError: y differs by" in str(peers.why_missing("wrong"))
+
+
+def altered(result, factor, by="over_flax"):
+    """The result, with ours slower by this factor in the network."""
+    other = copy.deepcopy(result)
+    for row in other["times"]:
+        if (row["measure"], row["implementation"]) == ("network", "jax_bn"):
+            row[by] = {k: v * factor for k, v in row[by].items()}
+    return other
+
+
+def steady(result):
+    """The result with narrow quartiles: two rounds have none to speak of."""
+    other = copy.deepcopy(result)
+    for row in other["times"] + other["scaling"]["rows"]:
+        for by in ("seconds", "over_flax"):
+            median = row[by]["median"]
+            row[by] = dict(median=median, low=0.95 * median, high=1.05 * median)
+    return other
+
+
+def test_compare_finds_a_change_and_ignores_noise(result):
+    before = steady(result)
+    found = list(compare.changes(before, altered(before, 1.5)))
+    assert [(what, change) for what, _, _, change in found] == [
+        ("network jax_bn 6x2x2x4 float32, time over flax.linen", "1.50 x, slower")
+    ]
+    assert "faster" in compare.table(altered(before, 1.5), before)
+    assert "Nothing changed" in compare.table(before, altered(before, 1.04))
+    # Seconds are the machine's: only where there is no ratio are they compared.
+    slower = altered(before, 1.5, by="seconds")
+    assert not list(compare.changes(before, slower))
+    for row in before["times"]:
+        row["over_flax"] = None
+    assert [row[0] for row in compare.changes(before, slower)] == [
+        "network jax_bn 6x2x2x4 float32, ms"
+    ]
+
+
+def test_compare_takes_others_for_the_measure_of_noise(result):
+    before = steady(result)
+    (ours,) = (r for r in before["times"] if (r["measure"], r["implementation"]) ==
+               ("network", "jax_bn"))  # fmt: skip
+    before["times"].append(ours | dict(implementation="haiku"))
+    after = altered(before, 1.5)
+    assert len(list(compare.changes(before, after))) == 1
+    other = after["times"][-1]
+    other["over_flax"] = {k: v * 1.6 for k, v in other["over_flax"].items()}
+    assert [row[-1] for row in compare.changes(before, after)] == []
+    after["versions"]["dm-haiku"] = "0.0"  # then it may have changed itself
+    assert len(list(compare.changes(before, after))) == 2
+
+
+def test_compare_tells_counts_circumstances_and_what_only_one_has(result):
+    after = copy.deepcopy(result)
+    after["commit"] = "other"
+    after["versions"]["jax"] = "0.0"
+    after["residuals"][0]["residual_bytes"] *= 2
+    after["times"] = [r for r in after["times"] if r["measure"] != "step"]
+    text = compare.table(result, after)
+    for told in ("-> other", "-> 0.0", "2.00 x", "Only before: step flax.linen 6x2x2x4 float32"):
+        assert told in text
+
+
+def test_readme_is_rewritten_between_its_markers(quick, tmp_path, capsys):
+    page = tmp_path / "README.md"
+    page.write_text(f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n")
+    command_line.main(["readme", str(quick[1]), "--write", str(page)])
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert "wins" in text and "losses" in text
+    command_line.main(["readme", str(quick[1]), "--write", str(page)])
+    assert page.read_text() == text
+    command_line.main(["readme", str(quick[1])])
+    assert capsys.readouterr().out.strip() in text
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["compare", "{whole}", "{folder}/none.json"], "cannot read .*none.json'"),
+        (["compare", "{whole}", "{folder}/cut.json"], "cut.json' is no JSON, or was cut off"),
+        (["readme", "{folder}/cut.json"], "cut.json' is no JSON, or was cut off"),
+        (["readme", "{folder}/list.json"], "list.json' is no result .* no 'date'"),
+        (["readme", "{whole}", "--write", "{folder}/bare.md"], "bare.md': expected one '<!-- "),
+        (["--only=steps"], "--only: 'steps'; expected some of: forward, backward"),
+        (["--implementations=keras"], "'keras'; expected some of: jax_bn"),
+        (["--shape=32"], "'32'; expected sizes like"),
+        (["--shape=32x-1"], "'32x-1'; expected sizes like"),
+        (["--rounds=0"], "'0'; expected a whole number > 0"),
+        (["--out={folder}/cut.json/sub"], "cannot write into"),
+    ],
+)
+def test_errors(options, message, quick, tmp_path, capsys):
+    whole = quick[1]
+    (tmp_path / "cut.json").write_text(whole.read_text()[:1000])
+    (tmp_path / "list.json").write_text("[]")
+    (tmp_path / "bare.md").write_text("no markers")
+    with pytest.raises(SystemExit) as stopped:
+        command_line.main([o.format(whole=whole, folder=tmp_path) for o in options])
+    assert stopped.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_run_starts_anew_with_its_settings_once(monkeypatch):
+    calls = []
+    for name in command_line.SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    monkeypatch.setattr(command_line.sys, "platform", "linux")
+    monkeypatch.setattr(os, "execve", lambda *args: calls.append(args))
+    monkeypatch.setattr(command_line, "main", lambda argv: None)
+    command_line.start(["--quick"])
+    ((_, _, environment),) = calls
+    assert environment["MALLOC_ARENA_MAX"] == "1" and environment["OMP_WAIT_POLICY"] == "ACTIVE"
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    command_line.start(["--quick"])
+    command_line.start(["compare", "a", "b"])
+    assert len(calls) == 1
+
+
+def test_results_are_json_of_other_tools_too(quick):
+    """No NaN and no infinity, which JSON does not have."""
+
+    def refuse(name):
+        raise AssertionError(name)
+
+    json.loads(quick[1].read_text(), parse_constant=refuse)
