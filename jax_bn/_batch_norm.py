@@ -99,11 +99,11 @@ def batch_norm(
 
     Differentiable in x, scale, bias and residual, in y and in the statistics: reverse mode to any
     order, and forward over reverse (`jax.hessian`), exact. Forward mode of the function itself
-    (`jax.jvp`, `jax.jacfwd`, `jax.linearize`) is JAX's TypeError "can't apply forward-mode
-    differentiation (jvp) to a custom_vjp function", which cannot be made to say more: pass
-    `forward_mode=True`. Then the tangent is the closed form, dx_hat = rstd*(dx - sum(dx)/N -
-    x_hat*sum(x_hat*dx)/N), JAX transposes it for reverse mode, and all nestings of the two work.
-    The default is there because its backward stages can be a backend's own kernels.
+    (`jax.jvp`, `jax.jacfwd`, `jax.linearize`) is JAX's TypeError "can't apply forward-mode autodiff
+    (jvp) to a custom_vjp function", which cannot be made to say more: pass `forward_mode=True`.
+    Then the tangent is the closed form, dx_hat = rstd*(dx - sum(dx)/N - x_hat*sum(x_hat*dx)/N), JAX
+    transposes it for reverse mode, and all nestings of the two work. The default is the other rule
+    because its backward pass is in the hands of a backend's own stages.
 
     Kept between forward and backward: x, the mask and a few numbers a feature. With an activation
     and a residual also y, if the activation is relu or leaky_relu, or else the residual. (With

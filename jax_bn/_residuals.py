@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 X, STATISTICS = "jax_bn.x", "jax_bn.statistics"
 
 named_x = partial(checkpoint_name, name=X)
-named_statistics = partial(checkpoint_name, name=STATISTICS)
+named_statistics: Any = partial(checkpoint_name, name=STATISTICS)
 
 _saves: Any = jax.checkpoint_policies.save_only_these_names(X, STATISTICS)
 

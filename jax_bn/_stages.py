@@ -21,7 +21,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from jax_bn import _activations, _shapes
+from jax_bn import _activations, _compiler, _shapes
 
 Axes = tuple[int, ...]
 
@@ -62,9 +62,12 @@ def moments(x, mask, *, axes: Axes, dtype):
     count = _count(x, mask, axes, dtype)
     n = jnp.maximum(count, 1)
     shift = lax.stop_gradient(_shift(x, mask, n, axes, dtype))  # no result depends on it
-    d = _select(mask, x.astype(dtype) - shift)
-    s = _sum(d, axes)
-    m2 = _sum(_abs2(d), axes) - _abs2(s) / n
+
+    def d(x, shift):
+        return _select(mask, x.astype(dtype) - shift)
+
+    s = _compiler.sum_over(d(x, shift), axes)
+    m2 = _compiler.sum_over(_abs2(d(*_compiler.apart((x, shift), 1))), axes) - _abs2(s) / n
     return count, shift, s / n.astype(dtype), jnp.where(m2 < 0, 0, m2)
 
 
@@ -73,9 +76,10 @@ def normalize(x, mean, rstd, scale, bias, residual=None, *, activation=None, dty
 
     Centred before it is scaled: folding the mean into the bias would lose log10(|mean|/std) digits.
     """
+    x = _compiler.apart(x, 2)
     z = (x.astype(mean.dtype) - mean) * _times(rstd, scale)
     z = z if bias is None else z + bias
-    z = z if residual is None else z + residual.astype(z.dtype)
+    z = z if residual is None else z + _compiler.widened(residual, z.dtype)
     return (z if activation is None else activation(z)).astype(dtype)
 
 
@@ -84,8 +88,13 @@ def grad_sums(dy, kept: Kept, *, activation=None, axes: Axes):
 
     rstd stands outside the sum: inside, XLA:CPU writes x_hat out, in float32 and whole.
     """
-    dz = grad_z(dy, kept, activation)
-    return _sum(dz, axes), kept.rstd * _sum(dz * centred(kept), axes)
+
+    def terms(dz, kept):
+        dz = dz.astype(kept.mean.dtype)
+        return dz, dz * centred(kept)
+
+    s, along = _compiler.sum_both(terms, (grad_z(dy, kept, activation), kept), axes)
+    return s, kept.rstd * along
 
 
 def grad_input(dy, kept: Kept, sums, *, activation=None, dtype):
@@ -96,47 +105,65 @@ def grad_input(dy, kept: Kept, sums, *, activation=None, dtype):
     `sums` are the two over all examples, scale*dbias and scale*dscale where all share one scale.
     """
     n = jnp.maximum(kept.count, 1)
-    dz = grad_z(dy, kept, activation)
+    dz = _compiler.apart(grad_z(dy, kept, activation, mirrored=True), 2).astype(kept.mean.dtype)
+    kept = _compiler.apart(kept, 2)
     mean_dx_hat = sums[0] / n.astype(dz.dtype)
     slope = kept.rstd * (jnp.real(sums[1]) / n).astype(dz.dtype)
     dx = kept.rstd * (_times(dz, kept.scale) - mean_dx_hat - slope * jnp.conj(centred(kept)))
     return _select(kept.mask, dx).astype(dtype), dz
 
 
-def grad_z(dy, kept: Kept, activation):
-    """dz = dy * activation'(z), 0 where masked. :: [N, C] -> [N, C] in T
+def grad_z(dy, kept: Kept, activation, mirrored=False):
+    """dz = dy * activation'(z), 0 where masked. :: [N, C] -> [N, C] in dy's dtype if that is exact
 
     z, the argument of the activation, is computed again, or as much of it as its derivative takes.
+    `mirrored` says the same to the bit in other words (a < b for b > a), for the second sweep: what
+    two sweeps say in the same words XLA:GPU makes one, and writes out.
     """
-    dy = _select(kept.mask, dy.astype(kept.mean.dtype))
+    dy = _select(kept.mask, dy)
     if activation is None:
         return dy
-    if (sides := _activations.sides(activation)) is not None:
-        return jnp.where(_above(kept, sides), dy, sides.slope * dy)
-    (dz,) = jax.vjp(activation, before_activation(kept))[1](dy)
-    return dz
+
+    sides, narrow = _activations.sides(activation), dy.dtype
+
+    def dz(dy, kept, mirrored):
+        dy = dy.astype(kept.mean.dtype)
+        if sides is None:
+            return jax.vjp(activation, before_activation(kept, mirrored))[1](dy)[0]
+        v, kink = _side(kept)
+        if mirrored:
+            above = kink <= v if sides.closed else kink < v
+        else:
+            above = v >= kink if sides.closed else v > kink
+        dz = jnp.where(above, dy, sides.slope * dy)
+        return dz.astype(narrow) if sides.slope == 0 else dz  # relu's is dy or 0
+
+    return _compiler.once(dz, dy, kept, mirrored)
 
 
-def before_activation(kept: Kept):
+def before_activation(kept: Kept, mirrored=False):
     """z = bn(x) + residual; where masked, that of zeros. :: [N, C] -> [N, C] in T"""
     x, residual = _select(kept.mask, kept.x), _select(kept.mask, kept.beside)
-    mean, rstd, scale, bias = kept.mean, kept.rstd, kept.scale, kept.bias
-    return normalize(x, mean, rstd, scale, bias, residual, dtype=mean.dtype)
-
-
-def _above(kept: Kept, sides: _activations.Sides):
-    """Where z lies above the kink of the activation. :: [N, C] -> bool[N, C]
-
-    From y, which has z's sign, where there was a residual. Else from x, by its side of the value at
-    which z is 0, and not by the sign of z computed again: XLA:GPU would write that out.
-    """
-    greater = jnp.greater_equal if sides.closed else jnp.greater
-    if kept.beside is not None:
-        return greater(kept.beside, 0)
-    x, a = kept.x.astype(kept.mean.dtype), _times(kept.rstd, kept.scale)
+    x, a = x.astype(kept.mean.dtype), _times(kept.rstd, kept.scale)
     bias = jnp.zeros_like(a) if kept.bias is None else kept.bias
-    kink = kept.mean - bias / jnp.where(a == 0, 1, a)
-    return jnp.where(a > 0, greater(x, kink), jnp.where(a < 0, greater(kink, x), greater(bias, 0)))
+    # other words than those of `normalize`, and than each other's
+    z = (kept.mean - x) * -a + bias if mirrored else bias - (kept.mean - x) * a
+    return z if residual is None else z + _compiler.widened(residual, z.dtype)
+
+
+def _side(kept: Kept):
+    """v [N, C] and kink, of which z > 0 says v > kink, and z = 0 v = kink.
+
+    y, which has z's sign, and 0 where there was a residual. Else x, mirrored if need be, and where
+    z is 0; not z itself, computed again: XLA:GPU would write the comparison out.
+    """
+    if kept.beside is not None:
+        return kept.beside, jnp.zeros((), kept.beside.dtype)
+    # a*(x - mean) + bias > 0  where  sign(a)*x > sign(a)*mean - bias/|a|;  if a = 0 where bias > 0
+    a = _times(kept.rstd, kept.scale)
+    bias = jnp.zeros_like(a) if kept.bias is None else kept.bias
+    kink = jnp.sign(a) * kept.mean - bias / jnp.where(a == 0, 1, jnp.abs(a))
+    return jnp.sign(a) * kept.x.astype(a.dtype), kink
 
 
 def centred(kept: Kept):
@@ -156,10 +183,11 @@ def _shift(x, mask, n, axes: Axes, dtype):
     """
     sharded = any(_shapes.shards(x, a) > 1 for a in axes)
     if mask is not None or sharded or jnp.iscomplexobj(x):
-        return _sum(_select(mask, x.astype(dtype)), axes) / n.astype(dtype)
+        return _compiler.sum_over(_select(mask, x.astype(dtype)), axes) / n.astype(dtype)
     if not axes:
         return x.astype(dtype)
     batch, *_ = axes
+    x = _compiler.apart(x, 3)
 
     def example(i):  # the i-th along the batch axis, in the middle of the other reduced ones
         start = [size // 2 if a in axes else 0 for a, size in enumerate(x.shape)]
@@ -168,11 +196,7 @@ def _shift(x, mask, n, axes: Axes, dtype):
         # Squeezed: with a batch axis of length 1 the compiler would go on sharding it.
         return jnp.squeeze(lax.slice(x, start, stop), axes)
 
-    # Without the barrier XLA:TPU upcasts or copies x whole to slice it.
-    three = lax.platform_dependent(
-        [example(0), example(1), example(2)], tpu=lax.optimization_barrier, default=lambda v: v
-    )
-    a, b, c = (v.astype(dtype) for v in three)
+    a, b, c = (v.astype(dtype) for v in _compiler.picked([example(0), example(1), example(2)]))
     median = jnp.maximum(jnp.minimum(a, b), jnp.minimum(jnp.maximum(a, b), c))
     return jnp.expand_dims(median, axes)
 
@@ -184,41 +208,12 @@ def _count(x, mask, axes: Axes, dtype):
     if mask is None:
         return jnp.full((1,) * x.ndim, n, real)
     per_entry = n // _shapes.size(mask.shape, axes)  # how many examples one mask entry stands for
-    return _sum(mask.astype(real), axes) * per_entry
+    return _compiler.sum_over(mask.astype(real), axes) * per_entry
 
 
 def _select(mask, v) -> Any:
     """The valid entries of v, 0 elsewhere; selected, since a NaN survives multiplication by 0."""
     return v if mask is None or v is None else jnp.where(mask, v, 0)
-
-
-def _sum(v, axes: Axes):
-    """Sum over axes. On an NVIDIA GPU, if it has few terms, in two steps with a barrier between.
-
-    XLA:GPU itself splits a sum of more than 4096 terms. A shorter one has few threads, and to feed
-    these fast XLA first writes v out, in float32 and whole. Two steps write out the sums of groups,
-    of one example each, or of as many as make 16 terms.
-    """
-
-    def at_once(v):
-        return jnp.sum(v, axes, keepdims=True)
-
-    def in_two_steps(v):
-        groups = v.shape[batch] // group
-        v = v.reshape(*v.shape[:batch], groups, group, *v.shape[batch + 1 :])
-        v = jnp.squeeze(jnp.sum(v, [a + 1 for a in axes], keepdims=True), batch + 1)
-        return jnp.sum(lax.optimization_barrier(v), batch, keepdims=True)
-
-    few = 0 < _shapes.size(v.shape, axes) <= 4096
-    if not axes or v.ndim - 1 in axes or not few:  # along the last axis XLA needs no help
-        return at_once(v)
-    batch, *inner = axes
-    group = max(1, 16 // _shapes.size(v.shape, inner))
-    # A group that lies on several devices would need communication of its own.
-    across = any(_shapes.shards(v, a) > 1 for a in (axes if group > 1 else inner))
-    if across or v.shape[batch] % group:
-        return at_once(v)
-    return lax.platform_dependent(v, cuda=in_two_steps, default=at_once)
 
 
 def _abs2(v):

@@ -165,6 +165,38 @@ class LayerContract:
         with pytest.raises(ValueError, match="virtual_batch_size=4 does not divide"):
             self.applied(self.ours, virtual_batch_size=4)(variables, x, None, train=True)
 
+    def test_activation_and_residual(self):
+        """Those of the function; evaluated with the running averages too."""
+        variables, x, dy, _ = self.arrays(Case())
+        params = variables["params"]["scale"], variables["params"]["bias"]
+        fused = partial(self.applied(self.ours, activation=jax.nn.relu), residual=dy)
+        y, _ = jax.jit(partial(fused, train=True))(variables, x, None)
+        expected, _ = jax.jit(partial(batch_norm, residual=dy, activation=jax.nn.relu))(x, *params)
+        chex.assert_trees_all_close(y, expected, rtol=1e-6)
+        plain = self.applied(self.ours)
+        y, _ = jax.jit(partial(fused, train=False))(variables, x, None)
+        expected = jax.nn.relu(plain(variables, x, None, train=False)[0] + dy)
+        chex.assert_trees_all_close(y, expected, rtol=1e-5, atol=1e-6)
+
+    def test_forward_mode(self):
+        variables, x, dx, _ = self.arrays(Case())
+
+        def along(**fields):
+            apply = self.applied(self.ours, **fields)
+            return jax.jvp(lambda x: apply(variables, x, None, train=True), (x,), (dx,))
+
+        (y, _), (dy, dstats) = jax.jit(partial(along, forward_mode=True))()
+        assert np.abs(dy).max() > 0 and jax.tree.structure(dstats)
+
+        def textbook(x):
+            params = variables["params"]
+            return reference.batch_norm(x, params["scale"], params["bias"])[0]
+
+        expected = jax.jit(lambda: jax.jvp(textbook, (x,), (dx,)))()
+        chex.assert_trees_all_close((y, dy), expected, rtol=1e-4, atol=1e-5)
+        with pytest.raises(TypeError, match="forward-mode"):
+            along()
+
     def test_nan_under_a_mask_reaches_nothing_else(self):
         args = self.arrays(Case(mask=(6, 4)))
         args = args._replace(dy=self.arrays(Case()).dy)  # not 0 where masked

@@ -25,9 +25,10 @@ class TestLinen(LayerContract):
             return cls(**fields).init(jax.random.key(0), x, use_running_average=False)
 
     def applied(self, cls, **fields):
-        def apply(variables, x, mask, train):
-            y, updated = cls(**fields).apply(
-                variables, x, use_running_average=not train, mask=mask, mutable="batch_stats"
+        def apply(variables, x, mask, train, **call):
+            layer = cls(**fields)
+            y, updated = layer.apply(
+                variables, x, not train, mask=mask, mutable="batch_stats", **call
             )
             return y, updated["batch_stats"]
 
@@ -83,7 +84,8 @@ def test_the_interface_begins_with_that_of_flax():
 
     ours, flax = (inspect.signature(cls.__call__).parameters.values() for cls in (OURS, FLAX))
     plain = [[(p.name, p.default, p.kind) for p in ps] for ps in (ours, flax)]
-    assert plain[0] == plain[1]
+    residual = ("residual", None, inspect.Parameter.KEYWORD_ONLY)
+    assert plain[0] == [*plain[1], residual]
 
 
 @pytest.mark.parametrize("cls", [OURS, FLAX], ids=["ours", "flax"])

@@ -31,10 +31,10 @@ class TestNNX(LayerContract):
         return variables(cls(x.shape[fields.get("axis", -1)], rngs=nnx.Rngs(0), **fields))
 
     def applied(self, cls, **fields):
-        def apply(given, x, mask, train):
+        def apply(given, x, mask, train, **call):
             layer = cls(given["batch_stats"]["mean"].size, rngs=nnx.Rngs(0), **fields)
             nnx.update(layer, given["params"] | given["batch_stats"])
-            y = layer(x, use_running_average=not train, mask=mask)
+            y = layer(x, use_running_average=not train, mask=mask, **call)
             return y, variables(layer)["batch_stats"]
 
         return apply
@@ -98,7 +98,8 @@ def test_variables_are_those_of_flax(use_scale, use_bias):
         return list(vars(layer)), named, rngs.params.count[...]
 
     (ours, own, drawn), (flax, expected, expected_drawn) = made(OURS), made(FLAX)
-    assert ours == [*flax, "virtual_batch_size"]  # all attributes, in order of creation
+    added = ["virtual_batch_size", "activation", "forward_mode"]
+    assert ours == [*flax, *added]  # all attributes, in order of creation
     assert drawn == expected_drawn
     for name, variable in expected.items():
         assert type(own[name]) is type(variable)

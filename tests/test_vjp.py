@@ -163,24 +163,6 @@ def test_one_example_is_legal_and_teaches_nothing():
     np.testing.assert_allclose(dbias, weights[0][0] * (1 + 2 * params[2]), rtol=1e-6)
 
 
-def test_third_order():
-    with jax.enable_x64(True):
-        (x, scale, bias), weights = arrays((5, 2), -1, "float64")
-
-        def third(batch_norm):
-            def along(x):
-                return loss(batch_norm, (x, scale, bias), weights, np.float64(1), axis=-1)
-
-            def d2(x):
-                return jnp.sum(jax.grad(lambda x: jnp.sum(jax.grad(along)(x) ** 2))(x) ** 2)
-
-            return jax.jit(jax.grad(d2))(x)
-
-        np.testing.assert_allclose(
-            third(jax_bn.batch_norm), third(jax_bn.reference.batch_norm), rtol=1e-9
-        )
-
-
 @pytest.mark.parametrize("epsilon", [0.0, 1e-3, 1.0])
 def test_epsilon(epsilon):
     params, weights = arrays((8, 4), -1, "float32")

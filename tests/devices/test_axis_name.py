@@ -6,6 +6,7 @@ with our batch norm and with `reference.batch_norm`; gradients are taken inside 
 
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec as P
@@ -115,6 +116,98 @@ def test_gradient_outside(mode, masked, order, devices):
 
     x, valid, scale, bias = arrays(masked)
     compare(of, (x, scale, bias), valid, examples=N * 8)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_forward_mode(mode, devices):
+    """Tangents of every device's results, and the transpose, of first and of second order."""
+
+    def of(batch_norm):
+        options = dict(forward_mode=True) if batch_norm is OURS else {}
+        mapped = MODES[mode](partial(share, batch_norm, **options), devices, VARYING)
+
+        def total(params, valid):
+            x, scale, bias = params
+            loss, (y, mean, _, _) = mapped(x, valid, scale, bias)
+            return jnp.sum(loss) + jnp.sum(y**3) + jnp.sum(mean.reshape(-1, C)[0] ** 2)
+
+        def results(params, valid, direction):
+            def along(params):
+                return jax.jvp(lambda p: total(p, valid), (params,), (direction,))[1]
+
+            return jax.value_and_grad(along)(params)
+
+        return results
+
+    x, valid, scale, bias = arrays(masked=True)
+    direction = jnp.cos(x), jnp.sin(scale), jnp.cos(bias)
+    compare(of, (x, scale, bias), valid, direction, examples=N * 8)
+
+
+@pytest.mark.parametrize(
+    "mode, activation", [*((mode, jax.nn.relu) for mode in MODES), ("shard_map", jax.nn.silu)]
+)
+def test_residual_and_activation(mode, activation, devices):
+    """The residual is a device's own, made of an array that all share: its gradient is the sum."""
+
+    def of(batch_norm):
+        def f(x, valid, scale, bias):
+            def loss(x, scale, bias, shared):
+                residual = jnp.broadcast_to(shared, x.shape)
+                options = dict(residual=residual, activation=activation)
+                return share(batch_norm, x, valid, scale, bias, **options)
+
+            shared = jnp.linspace(-1, 1, C, dtype=scale.dtype)[None]
+            gradient = jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True)
+            return gradient(x, scale, bias, shared)
+
+        return MODES[mode](f, devices, ((True, False, False, False), VARYING[1]))
+
+    compare(of, *arrays(masked=True), examples=N * 8)
+
+
+def test_a_pipeline_of_stages(devices):
+    """Micro-batches pass from device to device, each with a layer of its own: one x a tick is kept.
+
+    The statistics are those of a micro-batch in one stage, so no `axis_name`.
+    """
+    stages, batches = 4, 6
+    mesh = jax.make_mesh((stages,), ("stage",), (AxisType.Auto,), devices=devices[:stages])
+    random = np.random.default_rng(0)
+    x = np.asarray(random.normal(size=(batches, N, C)), np.float32)
+    scale, bias = np.asarray(random.normal(size=(2, stages, C)), np.float32)
+
+    def pipelined(batch_norm, x, scale, bias):
+        def run(x, scale, bias):
+            last = jax.lax.axis_index("stage") == stages - 1
+            first = jax.lax.axis_index("stage") == 0
+            shift = [(i, i + 1) for i in range(stages - 1)]
+
+            def tick(h, t):
+                h = jnp.where(first, x[jnp.minimum(t, batches - 1)], h)
+                y = jnp.tanh(batch_norm(h, scale[0], bias[0])[0])
+                return jax.lax.ppermute(y, "stage", shift), jnp.where(last, y, 0)
+
+            start = jax.lax.pcast(jnp.zeros((N, C), x.dtype), "stage", to="varying")
+            _, ys = jax.lax.scan(tick, start, jnp.arange(batches + stages - 1))
+            return jax.lax.psum(ys[stages - 1 :], "stage")
+
+        specs = P(), P("stage"), P("stage")
+        return jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=P())(x, scale, bias)
+
+    def in_turn(batch_norm, x, scale, bias):
+        for s, b in zip(scale, bias, strict=True):
+            x = jax.vmap(lambda h, s=s, b=b: jnp.tanh(batch_norm(h, s, b)[0]))(x)
+        return x
+
+    def gradients(run, batch_norm, *args):
+        return jax.grad(lambda *args: jnp.sum(jnp.sin(run(batch_norm, *args))), (0, 1, 2))(*args)
+
+    with jax.enable_x64(True):
+        args = tuple(np.asarray(v, np.float64) for v in (x, scale, bias))
+        ours = jax.jit(partial(gradients, pipelined, OURS))(*args)
+        expected = jax.jit(partial(gradients, in_turn, DEFINITION))(*args)
+    chex.assert_trees_all_close(ours, expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("mode", MODES)

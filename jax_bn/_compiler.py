@@ -1,0 +1,137 @@
+"""What XLA has to be told, platform by platform, so that it moves no more than the formulas do.
+
+Nothing here changes a result but by rounding, and nothing is needed for one. Each device is named
+after what it does, and says which habit of the compiler it answers; `tests/aot` and the benchmarks
+count what it is worth.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import jax
+from jax import lax
+from jax.core import Tracer
+import jax.numpy as jnp
+
+from jax_bn import _shapes
+
+Axes = Sequence[int]
+
+
+def apart(v, sweep: int):
+    """v for one of several sweeps over it, counted from 0: on CPUs a copy of its own, but for 0.
+
+    XLA:CPU takes a sum over columns together with the casts and products under it, unless these
+    have a second user: then it writes them out, in float32 and whole. So no two sweeps may share
+    them. Copies are told apart by how many barriers they stand behind; no bytes are copied.
+    """
+
+    def behind(v):
+        for _ in range(sweep):
+            v = lax.optimization_barrier(v)
+        return v
+
+    return _on("cpu", behind, v)
+
+
+def once(f: Callable, dy, kept, mirrored: bool):
+    """f(dy, kept, mirrored), which two sweeps want: on CPUs computed and written out once for both.
+
+    Elsewhere each sweep computes it, in words of its own: what two say in the same words XLA:GPU
+    makes one. XLA:CPU takes no selection into a sum, and would write it out in float32.
+    """
+
+    def shared(dy, kept):
+        return lax.optimization_barrier(f(*lax.optimization_barrier((dy, kept)), False))
+
+    def of_its_own(dy, kept):
+        return f(dy, kept, mirrored)
+
+    return _on("cpu", shared, dy, kept, otherwise=of_its_own)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
+def widened(residual, dtype):
+    """The residual in a wider dtype; on NVIDIA GPUs in a way that XLA does not see through.
+
+    XLA:GPU drops a cast to a narrow dtype and back: the y of one block, the residual of the next,
+    would go through memory in float32 too. A bfloat16 is the upper half of a float32.
+    """
+    if residual.dtype != jnp.bfloat16 or dtype != jnp.float32:
+        return residual.astype(dtype)
+
+    def by_bits(v):
+        bits = lax.bitcast_convert_type(v, jnp.uint16).astype(jnp.uint32)
+        return lax.bitcast_convert_type(bits << jnp.uint32(16), jnp.float32)
+
+    return _on("cuda", by_bits, residual, otherwise=lambda v: v.astype(dtype))
+
+
+@widened.defjvp
+def _widened_jvp(dtype, primals, tangents):
+    return widened(*primals, dtype), tangents[0].astype(dtype)
+
+
+def picked(examples):
+    """A few examples of x: on TPUs picked from x as it is stored, not from a cast or copied x."""
+    return _on("tpu", lax.optimization_barrier, examples)
+
+
+def sum_over(v, axes: Axes):
+    """Sum over axes, kept with length 1; on NVIDIA GPUs, if it has few terms, in two steps.
+
+    XLA:GPU itself splits a sum of more than 4096 terms. A shorter one has few threads, and to feed
+    these fast XLA first writes v out, in float32 and whole. Two steps write out the sums of groups,
+    of one example each, or of as many as make 16 terms.
+    """
+
+    def at_once(v):
+        return jnp.sum(v, axes, keepdims=True)
+
+    def in_two_steps(v):
+        groups = v.shape[batch] // group
+        v = v.reshape(*v.shape[:batch], groups, group, *v.shape[batch + 1 :])
+        v = jnp.squeeze(jnp.sum(v, [a + 1 for a in axes], keepdims=True), batch + 1)
+        return jnp.sum(lax.optimization_barrier(v), batch, keepdims=True)
+
+    few = 0 < _shapes.size(v.shape, axes) <= 4096
+    if not axes or v.ndim - 1 in axes or not few:  # along the last axis XLA needs no help
+        return at_once(v)
+    batch, *inner = axes
+    group = max(1, 16 // _shapes.size(v.shape, inner))
+    # A group that lies on several devices would need communication of its own.
+    across = any(_shapes.shards(v, a) > 1 for a in (axes if group > 1 else inner))
+    if across or v.shape[batch] % group:
+        return at_once(v)
+    return _on("cuda", in_two_steps, v, otherwise=at_once)
+
+
+def sum_both(terms: Callable, inputs, axes: Axes):
+    """The sums of the two arrays that `terms(*inputs)` yields, as the platform likes it best.
+
+    XLA:GPU weighs what two sums share as if each had to read it alone, and may write it out: on
+    NVIDIA GPUs they are one sum, of complex numbers. XLA:CPU wants two that share nothing.
+    """
+
+    def as_one(*inputs):
+        s = sum_over(lax.complex(*terms(*inputs)), axes)
+        return jnp.real(s), jnp.imag(s)
+
+    def in_turn(*inputs):
+        # Each input by itself: one barrier over a tangent and a constant makes both a tangent.
+        again = (apart(v, 1) for v in inputs)
+        return sum_over(terms(*inputs)[0], axes), sum_over(terms(*again)[1], axes)
+
+    complex_already = any(map(jnp.iscomplexobj, jax.tree.leaves(inputs)))
+    return in_turn(*inputs) if complex_already else _on("cuda", as_one, *inputs, otherwise=in_turn)
+
+
+def _first(v, *_):
+    return v
+
+
+def _on(platform: str, f: Callable, *args, otherwise: Callable = _first):
+    """f(*args) in programs that are compiled for `platform`; there alone a compiler is at work."""
+    if not any(isinstance(v, Tracer) for v in jax.tree.leaves(args)):
+        return otherwise(*args)
+    return lax.platform_dependent(*args, **{platform: f}, default=otherwise)
