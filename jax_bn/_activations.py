@@ -18,7 +18,7 @@ class Sides(NamedTuple):
 
 
 def sides(activation: Callable) -> Sides | None:
-    """The two sides of relu and leaky_relu; None for any other function, which they all may be."""
+    """The two sides of relu and leaky_relu; None for any other function, whatever it does."""
     if activation is jax.nn.relu:
         return Sides(0.0, closed=False)
     slope = 0.01 if activation is jax.nn.leaky_relu else None

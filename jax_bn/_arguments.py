@@ -9,9 +9,11 @@ from typing import Any
 
 import jax
 from jax import lax
+from jax.core import Tracer
 import jax.numpy as jnp
 
 from jax_bn import _shapes
+from jax_bn._activations import sides
 
 
 def inexact(name: str, v) -> jax.Array:
@@ -46,8 +48,21 @@ def elementwise(activation, dtype) -> None:
         return
     if not callable(activation):
         raise TypeError(f"activation={activation!r}; expected a function, such as jax.nn.relu")
+    if sides(activation) is not None:
+        return
     probe = jax.ShapeDtypeStruct((2, 3), dtype)
-    result = jax.eval_shape(activation, probe)
+    try:
+        traced, result = jax.make_jaxpr(lambda z: activation(z), return_shape=True)(probe)
+    except Exception as e:
+        raise ValueError(
+            f"activation={activation!r} cannot be applied to {dtype}[2,3]; expected an elementwise "
+            "function, such as jax.nn.relu"
+        ) from e
+    if any(isinstance(c, Tracer) for c in traced.consts):
+        raise TypeError(
+            f"activation={activation!r} closes over an array that is being traced; expected a "
+            "function of its argument alone. Apply this one to y instead"
+        )
     if getattr(result, "shape", None) != probe.shape or result.dtype != dtype:
         raise ValueError(
             f"activation maps {dtype}[2,3] to {result}; expected the same shape and dtype: an "

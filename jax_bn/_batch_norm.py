@@ -64,10 +64,11 @@ def batch_norm(
             (the first reduced one) with statistics of its own: "ghost batches". It divides the
             axis. `stats` are those of the whole batch. With `axis_name` the runs at the same place
             on all devices form one group.
-        residual: added before the activation; of x's shape, any float dtype (complex if y is).
+        residual: added before the activation; of x's shape, any dtype (complex only if y is).
         activation: an elementwise function such as `jax.nn.relu`, `jax.nn.gelu` or
-            `functools.partial(jax.nn.leaky_relu, negative_slope=0.1)`; static: nothing that it
-            closes over gets a gradient. It is applied in T, before y is rounded to `dtype`.
+            `functools.partial(jax.nn.leaky_relu, negative_slope=0.1)`, made once (each new partial
+            is another function to JAX). Static, so it may not close over traced arrays. It is
+            applied in T, before y is rounded to `dtype`.
         dtype: of y; None for x's own.
         forward_mode: take the rule that `jax.jvp` can use; see below.
 
@@ -82,20 +83,21 @@ def batch_norm(
             activation that changes the shape or the dtype, an `axis_name` that is not bound, groups
             without an `axis_name`, a virtual batch size that does not divide the batch.
         TypeError: an axis or a virtual batch size that is no integer, an epsilon that is no number
-            known while tracing, a mask of floats, keys or strings for x.
+            known while tracing, a mask of floats, keys or strings for x, an activation that is no
+            function or closes over traced arrays.
         NotImplementedError: `axis_index_groups` where JAX has none.
 
     One example a feature (N = 1) is legal and teaches nothing: x_hat = 0, so y = bias and dx = 0.
 
-    Precision: all arithmetic is in T, the widest of float32 and the dtypes of x, scale, bias and
-    `dtype`. The variance takes one sweep over x, shifted by the median k of three examples; its
-    relative error is at most c*eps(T)*(1 + (k - mean)^2/var), with c the growth of a sum of N terms
-    (about sqrt(N) at worst, a few units where XLA sums in blocks). For examples in no special order
-    k is within a few std of the mean, wherever the mean is: unlike E[x^2] - E[x]^2, whose error
-    grows with (mean/std)^2. At worst, where two of the first three are the only outliers, it is
-    sqrt(N/2) std away. With a mask, with complex x, and where x's type says that its batch axis is
-    sharded, k is the mean itself, for a second sweep. y and dx then err by eps(T)*|mean|/std, the
-    rounding of the mean itself, beyond a few ulps.
+    Precision: all arithmetic is in T, the widest of float32 and the dtypes of x, scale, bias,
+    residual and `dtype`. The variance takes one sweep over x, shifted by the median k of three
+    examples; its relative error is at most c*eps(T)*(1 + (k - mean)^2/var), with c the growth of a
+    sum of N terms (about sqrt(N) at worst, a few units where XLA sums in blocks). For examples in
+    no special order k is within a few std of the mean, wherever the mean is: unlike E[x^2] -
+    E[x]^2, whose error grows with (mean/std)^2. At worst, where two of the first three are the only
+    outliers, it is sqrt(N/2) std away. With a mask, with complex x, and where x's type says that
+    its batch axis is sharded, k is the mean itself, for a second sweep. y and dx then err by
+    eps(T)*|mean|/std, the rounding of the mean itself, beyond a few ulps.
 
     Differentiable in x, scale, bias and residual, in y and in the statistics: reverse mode to any
     order, and forward over reverse (`jax.hessian`), exact. Forward mode of the function itself
@@ -107,7 +109,8 @@ def batch_norm(
 
     Kept between forward and backward: x, the mask and a few numbers a feature. With an activation
     and a residual also y, if the activation is relu or leaky_relu, or else the residual. (With
-    `forward_mode` the residual in both cases.) Under `jax.checkpoint`, `jax_bn.remat_policy` keeps
+    `forward_mode` the residual in both cases. Of y the sign is used: a z so small that y rounds to
+    0 counts as 0.) Under `jax.checkpoint`, `jax_bn.remat_policy` keeps
     just x and the numbers. What is not differentiated costs nothing once compiled: no dx for data,
     no rule of the statistics where the loss does not use them.
 
@@ -236,9 +239,14 @@ def normalize(
     _arguments.elementwise(activation, wide)
     x, mean, scale, bias = _arguments.in_arithmetic(wide, x, mean, scale, bias)
     rstd = lax.rsqrt(var.astype(jnp.finfo(wide).dtype) + epsilon).astype(wide)
-    # checkpoint: keep x for the backward pass, not x - mean in a wider dtype.
-    stage = jax.checkpoint(partial(_stages.normalize, activation=activation, dtype=y_dtype))
-    return stage(_residuals.named_x(x), mean, rstd, scale, bias, residual)
+    x = _residuals.named_x(x)
+    return _normalize_again(activation, y_dtype, x, mean, rstd, scale, bias, residual)
+
+
+@partial(jax.checkpoint, static_argnums=(0, 1))
+def _normalize_again(activation, dtype, *args):
+    """The stage; keeps x for the backward pass, not x - mean in a wider dtype."""
+    return _stages.normalize(*args, activation=activation, dtype=dtype)
 
 
 def _in_virtual_batches(one_batch, x, mask, residual, reduced: tuple[int, ...], size: int):

@@ -1,6 +1,6 @@
 """What XLA has to be told, platform by platform, so that it moves no more than the formulas do.
 
-Nothing here changes a result but by rounding, and nothing is needed for one. Each device is named
+Nothing here changes a result but by rounding, and nothing is needed for one. Each function is named
 after what it does, and says which habit of the compiler it answers; `tests/aot` and the benchmarks
 count what it is worth.
 """

@@ -30,7 +30,9 @@ class Spec(NamedTuple):
     stages: _stages.Stages = _stages.XLA
 
 
-_with_jvp: Any = partial(jax.custom_jvp, nondiff_argnums=(0,))  # the Spec is static
+# The Spec is static.
+_with_jvp: Any = partial(jax.custom_jvp, nondiff_argnums=(0,))
+_checkpointed: Any = partial(jax.checkpoint, prevent_cse=False, static_argnums=(0,))
 
 
 # ---- the tangent of y ----------------------------------------------------------------------------
@@ -55,11 +57,11 @@ def normalize(spec, args):
 def _normalize_jvp(spec, primals, tangents):
     (args,), (tangents,) = primals, tangents
     args = moving(spec, args)
-    tangent = jax.checkpoint(partial(_tangent_of_y, spec), prevent_cse=False)
     tangents = jax.tree.map(_unless_zero, tangents, is_leaf=_is_zero)
-    return normalize(spec, args), tangent(args, tangents)
+    return normalize(spec, args), _tangent_of_y(spec, args, tangents)
 
 
+@_checkpointed
 def _tangent_of_y(spec, args, tangents):
     """dz = scale*dx_hat + dscale*x_hat + dbias + dresidual, and of the activation that of z.
 
@@ -117,16 +119,17 @@ def _mean_and_rstd(spec, args):
 def _mean_and_rstd_jvp(spec, primals, tangents):
     (args,), (tangents,) = primals, tangents
     args = moving(spec, args)
-
-    def tangent(args, dx):
-        s, along = _devices.psum(spec, _stages.grad_sums(jnp.conj(dx), args, axes=spec.axes))
-        n = jnp.maximum(args.count, 1)
-        mean_along = (jnp.real(along) / n).astype(args.rstd.dtype)
-        return jnp.conj(s) / n.astype(args.mean.dtype), -(args.rstd**2) * mean_along
-
     if _is_zero(tangents.x):
         return (args.mean, args.rstd), (jnp.zeros_like(args.mean), jnp.zeros_like(args.rstd))
-    return (args.mean, args.rstd), jax.checkpoint(tangent, prevent_cse=False)(args, tangents.x)
+    return (args.mean, args.rstd), _tangent_of_mean_and_rstd(spec, args, tangents.x)
+
+
+@_checkpointed
+def _tangent_of_mean_and_rstd(spec, args, dx):
+    s, along = _devices.psum(spec, _stages.grad_sums(jnp.conj(dx), args, axes=spec.axes))
+    n = jnp.maximum(args.count, 1)
+    mean_along = (jnp.real(along) / n).astype(args.rstd.dtype)
+    return jnp.conj(s) / n.astype(args.mean.dtype), -(args.rstd**2) * mean_along
 
 
 # ---- the tangent of the statistics ---------------------------------------------------------------
@@ -151,12 +154,14 @@ def _moments_jvp(spec, primals, tangents):
     count, shift, offset, m2 = _residuals.named_statistics(moments(spec, x, mask))
     dx, _ = tangents
 
-    def tangent(x, mask, count, mean, dx):
-        not_scaled = Kept(x, mask, count, mean, jnp.ones((), mean.dtype), None, None)
-        s, along = _stages.grad_sums(jnp.conj(dx), not_scaled, axes=spec.axes)
-        conj_dmean = s / jnp.maximum(count, 1).astype(mean.dtype)
-        rounding = jnp.sum(_stages.centred(not_scaled), spec.axes, keepdims=True)
-        return jnp.conj(conj_dmean), 2 * jnp.real(along - rounding * conj_dmean)
-
-    dmean, dm2 = jax.checkpoint(tangent, prevent_cse=False)(x, mask, count, shift + offset, dx)
+    dmean, dm2 = _tangent_of_moments(spec, x, mask, count, shift + offset, dx)
     return (count, shift, offset, m2), (jnp.zeros_like(count), jnp.zeros_like(shift), dmean, dm2)
+
+
+@_checkpointed
+def _tangent_of_moments(spec, x, mask, count, mean, dx):
+    not_scaled = Kept(x, mask, count, mean, jnp.ones((), mean.dtype), None, None)
+    s, along = _stages.grad_sums(jnp.conj(dx), not_scaled, axes=spec.axes)
+    conj_dmean = s / jnp.maximum(count, 1).astype(mean.dtype)
+    rounding = jnp.sum(_stages.centred(not_scaled), spec.axes, keepdims=True)
+    return jnp.conj(conj_dmean), 2 * jnp.real(along - rounding * conj_dmean)

@@ -35,7 +35,8 @@ def remat_policy(prim, *args, **params) -> bool:
     "jax_bn.statistics", in `batch_norm`, `normalize` and both layers. To keep more, compose it:
     `jax.checkpoint_policies.save_from_both_policies(jax_bn.remat_policy, other)`. Everything else
     inside the checkpointed function is computed again, so a layer whose output is not normalized
-    (a last dense layer, attention) needs a policy of its own or stands outside.
+    (a last dense layer, attention) needs a policy of its own or stands outside. With `forward_mode`
+    JAX lists x twice, under two names for one array.
 
     Example:
         >>> import jax, jax.numpy as jnp

@@ -135,8 +135,9 @@ def grad_z(dy, kept: Kept, activation, mirrored=False):
             above = kink <= v if sides.closed else kink < v
         else:
             above = v >= kink if sides.closed else v > kink
-        dz = jnp.where(above, dy, sides.slope * dy)
-        return dz.astype(narrow) if sides.slope == 0 else dz  # relu's is dy or 0
+        if sides.slope == 0:  # dy or 0, whatever dy is: not 0*dy
+            return jnp.where(above, dy, 0).astype(narrow)
+        return jnp.where(above, dy, sides.slope * dy)
 
     return _compiler.once(dz, dy, kept, mirrored)
 
@@ -154,16 +155,17 @@ def before_activation(kept: Kept, mirrored=False):
 def _side(kept: Kept):
     """v [N, C] and kink, of which z > 0 says v > kink, and z = 0 v = kink.
 
-    y, which has z's sign, and 0 where there was a residual. Else x, mirrored if need be, and where
-    z is 0; not z itself, computed again: XLA:GPU would write the comparison out.
+    y, which has z's sign, and 0 where there was a residual. Else x - mean, mirrored if need be, and
+    where z is 0. Centred: the same of x itself would be rounded to the steps of x, and whole steps
+    would lie on the wrong side.
     """
     if kept.beside is not None:
         return kept.beside, jnp.zeros((), kept.beside.dtype)
-    # a*(x - mean) + bias > 0  where  sign(a)*x > sign(a)*mean - bias/|a|;  if a = 0 where bias > 0
+    # a*(x - mean) + bias > 0  where  sign(a)*(x - mean) > -bias/|a|;  if a = 0 where bias > 0
     a = _times(kept.rstd, kept.scale)
     bias = jnp.zeros_like(a) if kept.bias is None else kept.bias
-    kink = jnp.sign(a) * kept.mean - bias / jnp.where(a == 0, 1, jnp.abs(a))
-    return jnp.sign(a) * kept.x.astype(a.dtype), kink
+    kink = -bias / jnp.where(a == 0, 1, jnp.abs(a))
+    return jnp.sign(a) * (kept.x.astype(a.dtype) - kept.mean), kink
 
 
 def centred(kept: Kept):

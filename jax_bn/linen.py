@@ -45,7 +45,7 @@ class BatchNorm(nn.Module):
         virtual_batch_size: examples that share statistics in training, None for all; keyword only,
             not in Flax; ignored while initializing.
         activation: elementwise, applied to the result (to its sum with the `residual` of the call):
-            in the same sweep, and nothing more kept for it; keyword only, not in Flax.
+            in the same sweep; see `jax_bn.batch_norm` for what is kept; keyword only, not in Flax.
         forward_mode: whether `jax.jvp` and `jax.jacfwd` must pass through the layer in training, as
             in `jax_bn.batch_norm`; keyword only, not in Flax.
 
@@ -107,6 +107,11 @@ class BatchNorm(nn.Module):
         use_running_average = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
+        if isinstance(self.activation, nn.Module):
+            raise TypeError(
+                f"activation={self.activation} is a module; expected a function without "
+                "parameters: apply the module to the result of this layer"
+            )
         x = jnp.asarray(x)
         shape = tuple(x.shape[a] for a in feature_axes(self.axis, x.ndim))
         stat_dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype

@@ -46,7 +46,7 @@ class BatchNorm(nnx.Module):
         bias_metadata, scale_metadata: for the `nnx.Param`s.
         virtual_batch_size: examples that share statistics in training, None for all; not in Flax.
         activation: elementwise, applied to the result (to its sum with the `residual` of the call):
-            in the same sweep, and nothing more kept for it; not in Flax.
+            in the same sweep; see `jax_bn.batch_norm` for what is kept; not in Flax.
         forward_mode: whether `jax.jvp` and `jax.jacfwd` must pass through the layer in training, as
             in `jax_bn.batch_norm`; not in Flax.
 
@@ -91,6 +91,11 @@ class BatchNorm(nnx.Module):
         activation: Callable[[jax.Array], jax.Array] | None = None,
         forward_mode: bool = False,
     ):
+        if isinstance(activation, nnx.Module):
+            raise TypeError(
+                f"activation={activation} is a module; expected a function without "
+                "parameters: apply the module to the result of this layer"
+            )
         shape = (num_features,)
         self.mean = nnx.BatchStat(jnp.zeros(shape, jnp.float32))
         self.var = nnx.BatchStat(jnp.ones(shape, jnp.float32))

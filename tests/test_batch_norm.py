@@ -155,6 +155,29 @@ def test_forward_mode_is_refused_and_forward_over_reverse_is_not(x):
     assert np.isfinite(tangent).all()
 
 
+@pytest.mark.parametrize("forward_mode", [False, True])
+def test_without_jit_nothing_is_compiled_twice(x, forward_mode):
+    """Operation by operation, whatever is compiled for the first call serves the next."""
+
+    def loss(x):
+        y, stats = batch_norm(x, activation=jax.nn.gelu, forward_mode=forward_mode)
+        y = jax_bn.normalize(y, stats.mean, stats.var, residual=y, activation=jax.nn.relu)
+        return jnp.sum(y * y) + jnp.sum(stats.var)
+
+    calls = []
+
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if "backend_compile" in event:
+            calls.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    for _ in range(3):
+        calls.clear()
+        jax.grad(loss)(x)
+        loss(x)
+    assert not calls
+
+
 # ---- memory --------------------------------------------------------------------------------------
 
 

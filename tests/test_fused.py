@@ -20,7 +20,7 @@ ACTIVATIONS = {
     "leaky_relu of -0.1": partial(jax.nn.leaky_relu, negative_slope=-0.1),
     "gelu": jax.nn.gelu,
     "silu": jax.nn.silu,
-    "a function of ours": lambda z: jnp.tanh(z) * z,
+    "a function of ours": lambda z: jnp.sin(z) + z,
 }
 DEFINITION = jax_bn.reference.batch_norm
 
@@ -122,6 +122,41 @@ def test_nan_under_a_mask_reaches_nothing_else(activation):
     assert not hidden[0][0][~mask].any() and not hidden[0][3][~mask].any()
 
 
+@pytest.mark.parametrize("added", [False, True], ids=["alone", "with a residual"])
+def test_a_dead_unit_passes_nothing_on(added):
+    """Not an infinite cotangent either, as with JAX's relu."""
+    (x, scale, bias, residual), _ = arrays()
+    args = x, scale, bias, residual if added else None
+    for bad in (np.inf, np.nan):
+        gradients = []
+        for f in (jax_bn.batch_norm, DEFINITION):
+
+            def y(args, f=f):
+                x, scale, bias, residual = args
+                return f(x, scale, bias, residual=residual, activation=jax.nn.relu)[0]
+
+            value, pull = jax.vjp(jax.jit(y), args)
+            gradients.append(pull(jnp.where(value > 0, 1, np.float32(bad))))
+        for ours, expected in zip(*map(jax.tree.leaves, gradients), strict=True):
+            np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_side_of_the_kink_far_from_zero():
+    """In the backward pass it is that of the forward pass: dbias counts the live units."""
+    x = np.float32(1e5) + np.random.default_rng(0).normal(size=(20000, 9)).astype(np.float32)
+    scale, bias = np.ones(9, np.float32), np.linspace(-1, 1, 9, dtype=np.float32)
+
+    def y(bias):
+        return jax_bn.batch_norm(x, scale, bias, activation=jax.nn.relu)[0]
+
+    @jax.jit
+    def live_and_counted(bias):
+        return jnp.sum(y(bias) > 0, 0), jax.grad(lambda bias: jnp.sum(y(bias)))(bias)
+
+    live, counted = live_and_counted(bias)
+    np.testing.assert_array_equal(live, counted.astype(int))
+
+
 def test_virtual_batches():
     (x, scale, bias, residual), _ = arrays()
     options: dict[str, Any] = dict(residual=residual, activation=jax.nn.relu)
@@ -185,6 +220,12 @@ def test_y_is_kept_where_its_sign_is_enough():
         (dict(activation=jnp.sum), ValueError, "activation maps float32.* expected the same shape"),
         (dict(activation=lambda z: z > 0), ValueError, "activation maps .* same shape and dtype"),
         (dict(activation=lambda z: (z, z)), ValueError, "activation maps .* same shape and dtype"),
+        (dict(activation=np.abs), ValueError, "activation=<ufunc 'absolute'> cannot be applied"),
+        (
+            dict(activation=partial(jnp.add, np.ones(4))),
+            ValueError,
+            "activation=.* cannot be applied",
+        ),
     ],
 )
 def test_what_is_refused(options, error, message):
@@ -193,3 +234,10 @@ def test_what_is_refused(options, error, message):
         jax_bn.batch_norm(x, **options)
     with pytest.raises(error, match=message):
         jax_bn.normalize(x, x[0], x[0], **options)
+
+
+def test_an_activation_that_closes_over_a_traced_array_is_refused():
+    x = np.ones((6, 4), np.float32)
+    for f in (jax_bn.batch_norm, lambda x, **options: jax_bn.normalize(x, x[0], x[0], **options)):
+        with pytest.raises(TypeError, match=r"activation=.* closes over an array"):
+            jax.grad(lambda a, f=f: jnp.sum(f(x, activation=lambda z: z * a)[0]))(2.0)

@@ -13,7 +13,7 @@ MAY_IMPORT = {  # of this package; downward only
     "linen": {"_batch_norm", "_shapes", "_statistics"},
     "nnx": {"_batch_norm", "_shapes", "_statistics"},
     "_batch_norm": {"_arguments", "_residuals", "_shapes", "_stages", "_statistics", "_vjp"},
-    "_arguments": {"_shapes"},
+    "_arguments": {"_activations", "_shapes"},
     "_vjp": {
         "_activations",
         "_compiler",
