@@ -23,12 +23,13 @@ def apart(v, sweep: int):
 
     XLA:CPU takes a sum over columns together with the casts and products under it, unless these
     have a second user: then it writes them out, in float32 and whole. So no two sweeps may share
-    them. Copies are told apart by how many barriers they stand behind; no bytes are copied.
+    them. Copies are told apart by how many barriers they stand behind, each array for itself: a
+    barrier over several makes them vary alike between devices. No bytes are copied.
     """
 
     def behind(v):
         for _ in range(sweep):
-            v = lax.optimization_barrier(v)
+            v = jax.tree.map(lax.optimization_barrier, v)
         return v
 
     return _on("cpu", behind, v)
@@ -42,7 +43,7 @@ def once(f: Callable, dy, kept, mirrored: bool):
     """
 
     def shared(dy, kept):
-        return lax.optimization_barrier(f(*lax.optimization_barrier((dy, kept)), False))
+        return lax.optimization_barrier(f(*apart((dy, kept), 6), False))
 
     def of_its_own(dy, kept):
         return f(dy, kept, mirrored)
@@ -118,9 +119,7 @@ def sum_both(terms: Callable, inputs, axes: Axes):
         return jnp.real(s), jnp.imag(s)
 
     def in_turn(*inputs):
-        # Each input by itself: one barrier over a tangent and a constant makes both a tangent.
-        again = (apart(v, 1) for v in inputs)
-        return sum_over(terms(*inputs)[0], axes), sum_over(terms(*again)[1], axes)
+        return sum_over(terms(*inputs)[0], axes), sum_over(terms(*apart(inputs, 4))[1], axes)
 
     complex_already = any(map(jnp.iscomplexobj, jax.tree.leaves(inputs)))
     return in_turn(*inputs) if complex_already else _on("cuda", as_one, *inputs, otherwise=in_turn)

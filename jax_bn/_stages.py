@@ -105,8 +105,8 @@ def grad_input(dy, kept: Kept, sums, *, activation=None, dtype):
     `sums` are the two over all examples, scale*dbias and scale*dscale where all share one scale.
     """
     n = jnp.maximum(kept.count, 1)
-    dz = _compiler.apart(grad_z(dy, kept, activation, mirrored=True), 2).astype(kept.mean.dtype)
-    kept = _compiler.apart(kept, 2)
+    dz, kept = _compiler.apart((grad_z(dy, kept, activation, mirrored=True), kept), 5)
+    dz = dz.astype(kept.mean.dtype)
     mean_dx_hat = sums[0] / n.astype(dz.dtype)
     slope = kept.rstd * (jnp.real(sums[1]) / n).astype(dz.dtype)
     dx = kept.rstd * (_times(dz, kept.scale) - mean_dx_hat - slope * jnp.conj(centred(kept)))
