@@ -1,4 +1,4 @@
-"""Activations whose derivative depends on the side of zero alone, and what a derivative needs.
+"""Activations whose derivative depends on the side of zero alone.
 
 Knows activations as functions; where z comes from is the business of `_stages`.
 """
@@ -29,13 +29,3 @@ def sides(activation: Callable) -> Sides | None:
     if isinstance(slope, (int, float)) and slope > 0:
         return Sides(float(slope), closed=True)
     return None
-
-
-def keeps(activation: Callable | None, residual, y):
-    """What the derivative of `activation(bn(x) + residual)` needs beside x: an array or None.
-
-    y is there anyway, since the next layer keeps it; it will do where its sign is all that counts.
-    """
-    if activation is None or residual is None:
-        return None
-    return residual if sides(activation) is None else y

@@ -6,6 +6,7 @@ count what it is worth.
 """
 
 from collections.abc import Callable, Sequence
+from enum import IntEnum
 from functools import partial
 
 import jax
@@ -18,13 +19,28 @@ from jax_bn import _shapes
 Axes = Sequence[int]
 
 
-def apart(v, sweep: int):
-    """v for one of several sweeps over it, counted from 0: on CPUs a copy of its own, but for 0.
+class Sweep(IntEnum):
+    """The sweeps over x, or over dy and x, of one training step: compilers take two alike for one.
+
+    The number is that of the barriers on CPUs that tell the sweep's inputs from the others'.
+    """
+
+    FIRST = 0  # the first sum, of the forward and of the backward pass
+    M2 = 1
+    NORMALIZE = 2
+    SHIFT = 3
+    GRAD_SUMS = 4
+    GRAD_INPUT = 5
+    GRAD_Z = 6
+
+
+def apart(v, sweep: Sweep):
+    """v for one of several sweeps over it: on CPUs a copy of its own; but no bytes are copied.
 
     XLA:CPU takes a sum over columns together with the casts and products under it, unless these
     have a second user: then it writes them out, in float32 and whole. So no two sweeps may share
-    them. Copies are told apart by how many barriers they stand behind, each array for itself: a
-    barrier over several makes them vary alike between devices. No bytes are copied.
+    them. The barriers stand before each array for itself: one over several makes them vary alike
+    between devices.
     """
 
     def behind(v):
@@ -35,20 +51,42 @@ def apart(v, sweep: int):
     return _on("cpu", behind, v)
 
 
-def once(f: Callable, dy, kept, mirrored: bool):
-    """f(dy, kept, mirrored), which two sweeps want: on CPUs computed and written out once for both.
+def once(f: Callable, dy, kept, sweep: Sweep):
+    """f(dy, kept, sweep), which two sweeps want: on CPUs computed and written out once for both.
 
-    Elsewhere each sweep computes it, in words of its own: what two say in the same words XLA:GPU
-    makes one. XLA:CPU takes no selection into a sum, and would write it out in float32.
+    Elsewhere each sweep computes it, in words of its own. XLA:CPU takes no selection into a sum,
+    and would write it out in float32.
     """
 
     def shared(dy, kept):
-        return lax.optimization_barrier(f(*apart((dy, kept), 6), False))
+        return lax.optimization_barrier(f(*apart((dy, kept), Sweep.GRAD_Z), Sweep.GRAD_Z))
 
     def of_its_own(dy, kept):
-        return f(dy, kept, mirrored)
+        return f(dy, kept, sweep)
 
     return _on("cpu", shared, dy, kept, otherwise=of_its_own)
+
+
+# What two sweeps say in the same words XLA:GPU makes one, and writes out; a barrier does not tell
+# them apart there, other words for the same bits do.
+
+
+def affine(x, mean, a, bias, sweep: Sweep):
+    """(x - mean)*a + bias, to the bit the same in every sweep; a bias of None is none."""
+    if sweep == Sweep.GRAD_INPUT:
+        product = (mean - x) * -a
+    elif sweep == Sweep.NORMALIZE or bias is None:
+        product = (x - mean) * a
+    else:
+        return bias - (mean - x) * a
+    return product if bias is None else product + bias
+
+
+def above(v, kink, *, closed: bool, sweep: Sweep):
+    """v > kink, or v >= kink if closed."""
+    if sweep == Sweep.GRAD_INPUT:
+        return kink <= v if closed else kink < v
+    return v >= kink if closed else v > kink
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(1,))
@@ -119,7 +157,8 @@ def sum_both(terms: Callable, inputs, axes: Axes):
         return jnp.real(s), jnp.imag(s)
 
     def in_turn(*inputs):
-        return sum_over(terms(*inputs)[0], axes), sum_over(terms(*apart(inputs, 4))[1], axes)
+        again = apart(inputs, Sweep.GRAD_SUMS)
+        return sum_over(terms(*inputs)[0], axes), sum_over(terms(*again)[1], axes)
 
     complex_already = any(map(jnp.iscomplexobj, jax.tree.leaves(inputs)))
     return in_turn(*inputs) if complex_already else _on("cuda", as_one, *inputs, otherwise=in_turn)

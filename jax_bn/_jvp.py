@@ -14,6 +14,7 @@ from jax.custom_derivatives import SymbolicZero
 import jax.numpy as jnp
 
 from jax_bn import _devices, _residuals, _stages
+from jax_bn._compiler import Sweep
 from jax_bn._stages import Kept
 
 
@@ -49,8 +50,10 @@ _checkpointed: Any = partial(jax.checkpoint, prevent_cse=False, static_argnums=(
 @_with_jvp
 def normalize(spec, args):
     """y, by the stage of the backend."""
-    x, _, _, *rest = args
-    return spec.stages.normalize(x, *rest, activation=spec.activation, dtype=spec.y_dtype)
+    x, _, _, mean, rstd, scale, bias, residual, _ = args
+    return spec.stages.normalize(
+        x, mean, rstd, scale, bias, residual, activation=spec.activation, dtype=spec.y_dtype
+    )
 
 
 @partial(normalize.defjvp, symbolic_zeros=True)
@@ -78,10 +81,11 @@ def _tangent_of_y(spec, args, tangents):
         dz += tangents.scale * (args.rstd * _stages.centred(args))
     if tangents.bias is not None:
         dz += tangents.bias
-    if tangents.beside is not None:
-        dz += tangents.beside.astype(T)
+    if tangents.residual is not None:
+        dz += tangents.residual.astype(T)
     if spec.activation is not None:
-        _, dz = jax.jvp(spec.activation, (_stages.before_activation(args),), (dz,))
+        z = _stages.before_activation(args, Sweep.GRAD_SUMS)
+        _, dz = jax.jvp(spec.activation, (z,), (dz,))
     # Selected last: transposed, first, before a NaN in a masked cotangent meets any arithmetic.
     dz = dz if args.mask is None else jnp.where(args.mask, dz, 0)
     return dz.astype(spec.y_dtype)
@@ -89,7 +93,7 @@ def _tangent_of_y(spec, args, tangents):
 
 def _bare(args: Kept) -> Kept:
     """As if y were x_hat."""
-    return args._replace(scale=None, bias=None, beside=None)
+    return args._replace(scale=None, bias=None, residual=None)
 
 
 def _is_zero(tangent) -> bool:
@@ -153,14 +157,13 @@ def _moments_jvp(spec, primals, tangents):
     x, mask = primals
     count, shift, offset, m2 = _residuals.named_statistics(moments(spec, x, mask))
     dx, _ = tangents
-
     dmean, dm2 = _tangent_of_moments(spec, x, mask, count, shift + offset, dx)
     return (count, shift, offset, m2), (jnp.zeros_like(count), jnp.zeros_like(shift), dmean, dm2)
 
 
 @_checkpointed
 def _tangent_of_moments(spec, x, mask, count, mean, dx):
-    not_scaled = Kept(x, mask, count, mean, jnp.ones((), mean.dtype), None, None)
+    not_scaled = Kept(x, mask, count, mean, jnp.ones((), mean.dtype))
     s, along = _stages.grad_sums(jnp.conj(dx), not_scaled, axes=spec.axes)
     conj_dmean = s / jnp.maximum(count, 1).astype(mean.dtype)
     rounding = jnp.sum(_stages.centred(not_scaled), spec.axes, keepdims=True)

@@ -22,6 +22,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from jax_bn import _activations, _compiler, _shapes
+from jax_bn._compiler import Sweep
 
 Axes = tuple[int, ...]
 
@@ -32,11 +33,12 @@ class Kept(NamedTuple):
     x: Any  # [N, C], as narrow as it came
     mask: Any
     count: Any
-    mean: Any  # [1, C], as all that follows but the last
+    mean: Any  # [1, C], and so are rstd, scale and bias
     rstd: Any
-    scale: Any  # or None, and so are the bias
-    bias: Any
-    beside: Any = None  # [N, C]: the residual or y, whichever `_activations.keeps` asks for
+    scale: Any = None
+    bias: Any = None
+    residual: Any = None  # [N, C]; kept where the derivative of the activation takes z
+    y: Any = None  # [N, C]; kept where it takes the sign of z, and x alone does not tell that
 
 
 class Stages(NamedTuple):
@@ -67,7 +69,7 @@ def moments(x, mask, *, axes: Axes, dtype):
         return _select(mask, x.astype(dtype) - shift)
 
     s = _compiler.sum_over(d(x, shift), axes)
-    m2 = _compiler.sum_over(_abs2(d(*_compiler.apart((x, shift), 1))), axes) - _abs2(s) / n
+    m2 = _compiler.sum_over(_abs2(d(*_compiler.apart((x, shift), Sweep.M2))), axes) - _abs2(s) / n
     return count, shift, s / n.astype(dtype), jnp.where(m2 < 0, 0, m2)
 
 
@@ -76,10 +78,8 @@ def normalize(x, mean, rstd, scale, bias, residual=None, *, activation=None, dty
 
     Centred before it is scaled: folding the mean into the bias would lose log10(|mean|/std) digits.
     """
-    x = _compiler.apart(x, 2)
-    z = (x.astype(mean.dtype) - mean) * _times(rstd, scale)
-    z = z if bias is None else z + bias
-    z = z if residual is None else z + _compiler.widened(residual, z.dtype)
+    x = _compiler.apart(x, Sweep.NORMALIZE)
+    z = _z(x, mean, rstd, scale, bias, residual, Sweep.NORMALIZE)
     return (z if activation is None else activation(z)).astype(dtype)
 
 
@@ -93,7 +93,8 @@ def grad_sums(dy, kept: Kept, *, activation=None, axes: Axes):
         dz = dz.astype(kept.mean.dtype)
         return dz, dz * centred(kept)
 
-    s, along = _compiler.sum_both(terms, (grad_z(dy, kept, activation), kept), axes)
+    dz = grad_z(dy, kept, activation, Sweep.GRAD_SUMS)
+    s, along = _compiler.sum_both(terms, (dz, kept), axes)
     return s, kept.rstd * along
 
 
@@ -105,7 +106,8 @@ def grad_input(dy, kept: Kept, sums, *, activation=None, dtype):
     `sums` are the two over all examples, scale*dbias and scale*dscale where all share one scale.
     """
     n = jnp.maximum(kept.count, 1)
-    dz, kept = _compiler.apart((grad_z(dy, kept, activation, mirrored=True), kept), 5)
+    dz = grad_z(dy, kept, activation, Sweep.GRAD_INPUT)
+    dz, kept = _compiler.apart((dz, kept), Sweep.GRAD_INPUT)
     dz = dz.astype(kept.mean.dtype)
     mean_dx_hat = sums[0] / n.astype(dz.dtype)
     slope = kept.rstd * (jnp.real(sums[1]) / n).astype(dz.dtype)
@@ -113,12 +115,10 @@ def grad_input(dy, kept: Kept, sums, *, activation=None, dtype):
     return _select(kept.mask, dx).astype(dtype), dz
 
 
-def grad_z(dy, kept: Kept, activation, mirrored=False):
+def grad_z(dy, kept: Kept, activation, sweep: Sweep):
     """dz = dy * activation'(z), 0 where masked. :: [N, C] -> [N, C] in dy's dtype if that is exact
 
     z, the argument of the activation, is computed again, or as much of it as its derivative takes.
-    `mirrored` says the same to the bit in other words (a < b for b > a), for the second sweep: what
-    two sweeps say in the same words XLA:GPU makes one, and writes out.
     """
     dy = _select(kept.mask, dy)
     if activation is None:
@@ -126,29 +126,26 @@ def grad_z(dy, kept: Kept, activation, mirrored=False):
 
     sides, narrow = _activations.sides(activation), dy.dtype
 
-    def dz(dy, kept, mirrored):
+    def dz(dy, kept, sweep):
         dy = dy.astype(kept.mean.dtype)
         if sides is None:
-            return jax.vjp(activation, before_activation(kept, mirrored))[1](dy)[0]
-        v, kink = _side(kept)
-        if mirrored:
-            above = kink <= v if sides.closed else kink < v
-        else:
-            above = v >= kink if sides.closed else v > kink
+            return jax.vjp(activation, before_activation(kept, sweep))[1](dy)[0]
+        above = _compiler.above(*_side(kept), closed=sides.closed, sweep=sweep)
         if sides.slope == 0:  # dy or 0, whatever dy is: not 0*dy
             return jnp.where(above, dy, 0).astype(narrow)
         return jnp.where(above, dy, sides.slope * dy)
 
-    return _compiler.once(dz, dy, kept, mirrored)
+    return _compiler.once(dz, dy, kept, sweep)
 
 
-def before_activation(kept: Kept, mirrored=False):
+def before_activation(kept: Kept, sweep: Sweep):
     """z = bn(x) + residual; where masked, that of zeros. :: [N, C] -> [N, C] in T"""
-    x, residual = _select(kept.mask, kept.x), _select(kept.mask, kept.beside)
-    x, a = x.astype(kept.mean.dtype), _times(kept.rstd, kept.scale)
-    bias = jnp.zeros_like(a) if kept.bias is None else kept.bias
-    # other words than those of `normalize`, and than each other's
-    z = (kept.mean - x) * -a + bias if mirrored else bias - (kept.mean - x) * a
+    x, residual = _select(kept.mask, kept.x), _select(kept.mask, kept.residual)
+    return _z(x, kept.mean, kept.rstd, kept.scale, kept.bias, residual, sweep)
+
+
+def _z(x, mean, rstd, scale, bias, residual, sweep: Sweep):
+    z = _compiler.affine(x.astype(mean.dtype), mean, _times(rstd, scale), bias, sweep)
     return z if residual is None else z + _compiler.widened(residual, z.dtype)
 
 
@@ -159,8 +156,8 @@ def _side(kept: Kept):
     where z is 0. Centred: the same of x itself would be rounded to the steps of x, and whole steps
     would lie on the wrong side.
     """
-    if kept.beside is not None:
-        return kept.beside, jnp.zeros((), kept.beside.dtype)
+    if kept.y is not None:
+        return kept.y, jnp.zeros((), kept.y.dtype)
     # a*(x - mean) + bias > 0  where  sign(a)*(x - mean) > -bias/|a|;  if a = 0 where bias > 0
     a = _times(kept.rstd, kept.scale)
     bias = jnp.zeros_like(a) if kept.bias is None else kept.bias
@@ -189,7 +186,7 @@ def _shift(x, mask, n, axes: Axes, dtype):
     if not axes:
         return x.astype(dtype)
     batch, *_ = axes
-    x = _compiler.apart(x, 3)
+    x = _compiler.apart(x, Sweep.SHIFT)
 
     def example(i):  # the i-th along the batch axis, in the middle of the other reduced ones
         start = [size // 2 if a in axes else 0 for a, size in enumerate(x.shape)]

@@ -93,9 +93,18 @@ def _normalize_fwd(spec, args):
     # Both have tangents of their own, for higher derivatives that differentiate these lines.
     args = _jvp.moving(spec, args)
     y = _jvp.normalize(spec, args)
-    kept = args._replace(beside=_activations.keeps(spec.activation, args.beside, y))
-    like = None if args.beside is None else jnp.zeros((), args.beside.dtype)
-    return y, (kept, like)
+    residual = args.residual
+    like = None if residual is None else jnp.zeros((), residual.dtype)
+    return y, (args._replace(**_beside_x(spec.activation, residual, y)), like)
+
+
+def _beside_x(activation, residual, y):
+    """What of x's size, x apart, is kept. y is there anyway: the next layer keeps it."""
+    if activation is None or residual is None:
+        return dict(residual=None)
+    if _activations.sides(activation) is None:
+        return dict(residual=residual)
+    return dict(residual=None, y=y)
 
 
 def _normalize_bwd(spec, residuals, dy):
@@ -110,7 +119,8 @@ def _normalize_bwd(spec, residuals, dy):
     )
     dresidual = None if like is None else dz.astype(like.dtype)
     dx = _devices.cotangent_of(kept.x, dx)
-    return (Kept(dx, None, None, None, None, dscale, dbias, dresidual),)
+    cotangents = Kept(dx, None, None, None, None, dscale, dbias, dresidual)
+    return (cotangents,)
 
 
 _normalize.defvjp(_normalize_fwd, _normalize_bwd)
