@@ -18,7 +18,7 @@ test: $(VENV)/ready
 # Counts memory traffic on an H200 and on TPUs, with their compilers, which need no such device but
 # 1.3 GB of packages: in an environment of their own, since JAX looks for a device once they are there.
 aot: $(VENV)-aot/ready
-	$(VENV)-aot/bin/python -m pytest tests/aot
+	$(VENV)-aot/bin/python -m pytest tests/aot --need-compilers
 
 lint: $(VENV)/ready
 	$(RUN) -m ruff check .

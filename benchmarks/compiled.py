@@ -49,23 +49,35 @@ def missing_compiler(target: str) -> str | None:
     return None
 
 
-def compile_for_h200(f: Callable, *shapes) -> jax.stages.Compiled:
-    """f compiled for one H200. `shapes`: f's arguments, as trees of `jax.ShapeDtypeStruct`."""
-    one = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=_H200)
+def compile_for_h200(f: Callable, *shapes, devices: int = 1) -> jax.stages.Compiled:
+    """f compiled for one H200, or by the partitioner for several.
+
+    `shapes`: f's arguments, as trees of `jax.ShapeDtypeStruct`. For several devices those of more
+    than one axis are split along the first.
+    """
+    there = topologies.get_topology_desc(
+        platform="cuda", topology=f"1x{devices}x1", target_config=_H200
+    )
     device = jax.sharding.AbstractDevice("NVIDIA H200", 132, "gpu")  # Pallas asks for its name
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
-        return _compile(f, one.devices[0], shapes)
+        return _compile(f, there.devices, shapes)
 
 
 def compile_for_tpu(f: Callable, topology: str, *shapes) -> jax.stages.Compiled:
     """f compiled for one chip of "v4:2x2x1", "v5e:2x2", "v5p:2x2x1" or "v6e:2x2"."""
-    return _compile(f, topologies.get_topology_desc(topology, platform="tpu").devices[0], shapes)
+    return _compile(f, topologies.get_topology_desc(topology, platform="tpu").devices[:1], shapes)
 
 
-def _compile(f, device, shapes):
-    there = jax.sharding.SingleDeviceSharding(device)
-    shapes = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=there), shapes)
-    return jax.jit(f).trace(*shapes).lower().compile()
+def _compile(f, devices, shapes):
+    mesh = jax.sharding.Mesh(devices, ("batch",))
+
+    def placed(s):
+        spec = jax.sharding.PartitionSpec("batch" if len(s.shape) > 1 else None)
+        spec = spec if len(devices) > 1 else jax.sharding.PartitionSpec()
+        sharding = jax.sharding.NamedSharding(mesh, spec)
+        return jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding)
+
+    return jax.jit(f).trace(*jax.tree.map(placed, shapes)).lower().compile()
 
 
 # ---- memory --------------------------------------------------------------------------------------
@@ -110,9 +122,14 @@ _CONVOLUTION = re.compile(r' convolution\(.*window=|custom_call_target="__cudnn\
 
 
 def collectives(f: Callable, *args) -> tuple[Counter, int]:
+    """Of f compiled for the devices of its arguments."""
+    return collectives_in(jax.jit(f).lower(*args).compile())
+
+
+def collectives_in(compiled: jax.stages.Compiled) -> tuple[Counter, int]:
     """How many of each kind, and the most elements that one of them yields."""
-    text = jax.jit(f).lower(*args).compile().as_text()
-    found = [m for m in map(_COLLECTIVE.search, _text(text).splitlines()) if m]
+    text = _text(compiled.as_text())
+    found = [m for m in map(_COLLECTIVE.search, text.splitlines()) if m]
     return Counter(m["kind"] for m in found), max((_size(m["result"])[0] for m in found), default=0)
 
 
@@ -124,6 +141,11 @@ def convolutions(compiled: jax.stages.Compiled) -> int:
 def kernels(compiled: jax.stages.Compiled) -> int:
     """How many kernels a GPU program launches."""
     return sum(1 for _ in _launched(compiled))
+
+
+def bytes_of_libraries(compiled: jax.stages.Compiled) -> float:
+    """Of a GPU program's `bytes_moved` those of cuDNN and cuBLAS: convolutions and products."""
+    return sum(_traffic(k) for k in _launched(compiled) if _LIBRARY in k.instruction.attributes)
 
 
 # ---- GPU programs --------------------------------------------------------------------------------
@@ -138,6 +160,7 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%(\S+) \(.*?^}", re.M | re.S)
 _INSTRUCTION = re.compile(r"^  (ROOT )?%(\S+) = (\(.*?\)|\S+) ([\w-]+)\((.*?)\)(.*)$", re.M)
 _NAME = re.compile(r"%([\w.-]+)")
 _ARRAY = re.compile(r"\b(?:pred|[a-z]+(\d+)\w*)\[([\d,]*)\]")  # pred[8], f32[512,64], f32[]
+_LIBRARY = 'custom_call_target="__cu'
 _SCRATCH = re.compile(r", [su]8\[\d+\]\{0\}\)$")  # the last result of a cuDNN or cuBLAS call
 
 
@@ -188,7 +211,7 @@ def _launched(compiled: jax.stages.Compiled) -> Iterator[_Kernel]:
 
 def _traffic(kernel: _Kernel) -> float:
     result = kernel.instruction.type
-    if 'custom_call_target="__cu' in kernel.instruction.attributes:
+    if _LIBRARY in kernel.instruction.attributes:
         result = _SCRATCH.sub(")", result)
     read = [_size(operand.type)[1] for operand in kernel.operands]
     shares = [1.0] * len(read) if kernel.body is None else _shares_read(kernel.body)

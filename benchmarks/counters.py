@@ -22,9 +22,9 @@ from benchmarks.compiled import (
     peak_temporary,
     residual_bytes,
 )
+from benchmarks.failures import OURS, attempt
 from benchmarks.measure import arguments, as_shapes, functions, why_not
-from benchmarks.peers import FLAX, NNX, OURS, PEERS, block, loose
-from benchmarks.timing import reason
+from benchmarks.peers import FLAX, NNX, PEERS, block, loose
 
 DEVICES = 8  # for collectives
 ROOT = Path(__file__).parents[1]
@@ -67,11 +67,10 @@ def h200(cases: Iterable[tuple], measures: Iterable[str], names: Iterable[str]) 
                         continue
                     case = dict(measure=measure, shape=list(shape), dtype=dtype)
                     case |= dict(implementation=name)
-                    try:
+                    failed: dict[str, str] = {}
+                    with attempt(name, failed):
                         case |= _on_h200(name, measure, shape, dtype)
-                    except Exception as e:  # a peer that this compiler refuses
-                        case |= dict(reason=reason(e))
-                    rows.append(case)
+                    rows.append(case | dict(reason=why) if (why := failed.get(name)) else case)
     return dict(missing=None, rows=rows)
 
 

@@ -17,8 +17,9 @@ import numpy as np
 
 from benchmarks import torch_peers
 from benchmarks.compiled import bytes_moved, kernels, peak_temporary
+from benchmarks.failures import attempt
 from benchmarks.peers import FLAX, PEERS, Apply, Peer, block, loose, why_missing
-from benchmarks.timing import Effort, Program, Timing, reason, time_all
+from benchmarks.timing import Effort, Program, Timing, time_all
 
 MEASURES = ("forward", "backward", "step", "network")
 PASSES = {"forward": 3, "backward": 5, "step": 8}  # over x: the fewest, of arrays beyond the caches
@@ -123,14 +124,12 @@ def measured(
             if why := why_not(name, measure, shape):
                 reasons[name] = why
                 continue
-            try:
+            with attempt(name, reasons):
                 if name in torch_peers.LAYOUTS:
                     programs[name] = torch_peers.program(name, measure, *data, DEPTH)
                 else:
                     programs[name], compiled = program(PEERS[name], measure, data)
                     counts[name] = counted(compiled)
-            except Exception as e:  # of any library, whatever it is
-                reasons[name] = reason(e)
         timings, failed = time_all(programs, FLAX, effort)
     case = dict(measure=measure, shape=list(shape), dtype=dtype)
     bound = None

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from benchmarks.timing import reason
+from benchmarks.failures import FUSED, OURS, attempt
 import jax_bn
 from jax_bn import reference
 
-OURS, FUSED, FLAX, NNX = "jax_bn", "jax_bn fused", "flax.linen", "flax.nnx"
+FLAX, NNX = "flax.linen", "flax.nnx"
 MOMENTUM = 0.9
 
 # (x, scale, bias, state) -> (y, state)
@@ -155,16 +155,12 @@ def block(peer: Peer, apply: Apply) -> Apply:
 
 @cache
 def why_missing(name: str) -> str | None:
-    """Why a peer cannot be measured here; None where it can. Our own errors are not caught."""
-    peer = PEERS[name]
-    try:
-        importlib.import_module(peer.needs)
-        _check(peer)
-    except Exception as e:
-        if name in (OURS, FUSED):
-            raise
-        return reason(e)
-    return None
+    """Why a peer cannot be measured here; None where it can."""
+    failed: dict[str, str] = {}
+    with attempt(name, failed):
+        importlib.import_module(PEERS[name].needs)
+        _check(PEERS[name])
+    return failed.get(name)
 
 
 def _check(peer: Peer) -> None:

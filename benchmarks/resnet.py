@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.failures import FUSED, OURS, attempt
 from benchmarks.measure import MOST_COPIES, counted, row
-from benchmarks.peers import FLAX, FUSED, OURS, loose, why_missing
-from benchmarks.timing import Effort, Program, reason, time_all
+from benchmarks.peers import FLAX, loose, why_missing
+from benchmarks.timing import Effort, Program, time_all
 
 CLASSES = 10
 ROTATE = 2**26  # bytes of images
@@ -115,10 +116,8 @@ def measured(
             if why := _why_not(name, layers):
                 reasons[name] = why
                 continue
-            try:
+            with attempt(name, reasons):
                 programs[name], counts[name] = _program(*layers[name], size, dtype)
-            except Exception as e:  # of any library, whatever it is
-                reasons[name] = reason(e)
         timings, failed = time_all(programs, FLAX, effort)
     rows = [
         case | dict(implementation=name, bound_seconds=None) | row(t) | counts[name]

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from benchmarks.failures import attempt
+
 PAUSE = 0.002  # s before each sample: until the threads of the program before have gone to sleep
 
 
@@ -77,11 +79,9 @@ def time_all(
     failed: dict[str, str] = {}
     seconds_of_a_call: dict[str, float] = {}
     for name, program in programs.items():
-        try:
+        with attempt(name, failed):
             _sample(program, 0, 1)
             seconds_of_a_call[name] = _sample(program, 1, 1)
-        except Exception as e:  # whatever it is that keeps a library from running here
-            failed[name] = reason(e)
     calls = {
         name: min(max(1, math.ceil(effort.sample_seconds / s)), 1000)
         for name, s in seconds_of_a_call.items()
@@ -121,9 +121,3 @@ def _sample(program: Program, first: int, calls: int) -> float:
             program.wait(result)
     program.wait(result)
     return (time.perf_counter() - start) / calls
-
-
-def reason(error: BaseException) -> str:
-    """The first line of what an error says, for a table."""
-    first, *_ = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {first}"[:200]

@@ -6,14 +6,16 @@ same numbers with the features second, PyTorch's default. Scale, bias and averag
 
 from collections.abc import Callable
 from functools import cache
+import importlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.failures import attempt
 from benchmarks.peers import MOMENTUM
-from benchmarks.timing import Program, reason
+from benchmarks.timing import Program
 
 CHANNELS_LAST, CONTIGUOUS = "torch channels-last", "torch contiguous"
 LAYOUTS = (CHANNELS_LAST, CONTIGUOUS)
@@ -22,10 +24,11 @@ LAYOUTS = (CHANNELS_LAST, CONTIGUOUS)
 @cache
 def why_missing() -> str | None:
     """Why PyTorch cannot be measured on the device that JAX uses; None where it can."""
-    try:
-        import torch  # pyright: ignore[reportMissingImports]
-    except Exception as e:
-        return reason(e)
+    failed: dict[str, str] = {}
+    with attempt("torch", failed):
+        torch = importlib.import_module("torch")
+    if failed:
+        return failed["torch"]
     if (platform := jax.default_backend()) == "cpu":
         return None
     if platform != "gpu":

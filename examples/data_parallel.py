@@ -33,7 +33,7 @@ import sys
 from typing import NamedTuple
 
 import digits
-from digits_options import rate, whole, writable
+from digits_options import add_training, whole, writable
 from flax import nnx
 import jax
 from jax import lax
@@ -222,12 +222,9 @@ def options(argv: Sequence[str]) -> tuple[argparse.ArgumentParser, argparse.Name
     number("--timeout", type=partial(whole, least=1), default=60, help="seconds to wait for peers")
 
     training = parser.add_argument_group("training, the same for all processes")
-    number = partial(training.add_argument, metavar="N")
-    number("--steps", type=partial(whole, least=1), default=110, help="how many batches")
-    number("--batch-size", type=partial(whole, least=1), default=128, help="images in a batch")
-    number("--learning-rate", type=rate, default=0.05, help="of SGD")
-    number("--width", type=partial(whole, least=1), default=16, help="channels of the first block")
-    number("--seed", type=partial(whole, least=0), default=0, help="of split, weights and order")
+    steps = partial(training.add_argument, "--steps", metavar="N", default=110)
+    steps(type=partial(whole, least=1), help="how many batches")
+    add_training(training)
     training.add_argument("--uneven", action="store_true", help="device i gets i + 1 parts, not 1")
     training.add_argument("--losses", metavar="PATH", type=writable, help="loss curve, as JSON")
 

@@ -1,6 +1,7 @@
 """Types of command-line options, for `argparse`: what is refused, and with which words."""
 
 import argparse
+from functools import partial
 import math
 from pathlib import Path
 
@@ -23,6 +24,15 @@ def rate(text: str) -> float:
     if not (value > 0 and math.isfinite(value)):
         raise argparse.ArgumentTypeError(f"{text!r}; expected a finite number > 0")
     return value
+
+
+def add_training(where: argparse._ActionsContainer) -> None:
+    """The options that every training of the digits has, but for its length."""
+    number = partial(where.add_argument, metavar="N")
+    number("--batch-size", type=partial(whole, least=1), default=128, help="images in a step")
+    number("--learning-rate", type=rate, default=0.05, help="of SGD, at the start")
+    number("--width", type=partial(whole, least=1), default=16, help="channels of the first block")
+    number("--seed", type=partial(whole, least=0), default=0, help="of split, weights and order")
 
 
 def writable(text: str) -> Path:

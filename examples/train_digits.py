@@ -19,7 +19,7 @@ import time
 from typing import Any
 
 import digits
-from digits_options import rate, whole, writable
+from digits_options import add_training, whole, writable
 import digits_report
 from flax import __version__ as flax_version, nnx
 import jax
@@ -148,12 +148,9 @@ def options(argv: Sequence[str] | None) -> tuple[argparse.ArgumentParser, argpar
         "and with flax.nnx.BatchNorm, prints a table and draws the loss curves.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    number = partial(parser.add_argument, metavar="N")
-    number("--epochs", type=partial(whole, least=1), default=15, help="passes over the images")
-    number("--batch-size", type=partial(whole, least=1), default=128, help="images in a step")
-    number("--learning-rate", type=rate, default=0.05, help="at the start; falls to 0 by a cosine")
-    number("--width", type=partial(whole, least=1), default=16, help="channels of the first block")
-    number("--seed", type=partial(whole, least=0), default=0, help="of split, weights and order")
+    epochs = partial(parser.add_argument, "--epochs", metavar="N", default=15)
+    epochs(type=partial(whole, least=1), help="passes over the images")
+    add_training(parser)
     file = partial(parser.add_argument, metavar="PATH", type=writable)
     file("--out", default="out/demo.png", help="where to draw the loss curves, as PNG")
     file("--json", help="where to write the numbers of the table, if anywhere")

@@ -3,7 +3,7 @@
 Each refusal names the argument, what came, what was expected and the way out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 import math
 from typing import Any
 
@@ -46,14 +46,16 @@ def elementwise(activation, dtype) -> None:
     """Refuses an `activation` that does not keep shape and dtype; no more of it can be seen."""
     if activation is None:
         return
-    if not callable(activation):
-        raise TypeError(f"activation={activation!r}; expected a function, such as jax.nn.relu")
+    if not callable(activation) or not isinstance(activation, Hashable):
+        raise TypeError(
+            f"activation={activation!r}; expected a hashable function, such as jax.nn.relu"
+        )
     if sides(activation) is not None:
         return
     probe = jax.ShapeDtypeStruct((2, 3), dtype)
     try:
         traced, result = jax.make_jaxpr(lambda z: activation(z), return_shape=True)(probe)
-    except Exception as e:
+    except Exception as e:  # whatever a user's function raises
         raise ValueError(
             f"activation={activation!r} cannot be applied to {dtype}[2,3]; expected an elementwise "
             "function, such as jax.nn.relu"

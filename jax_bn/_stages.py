@@ -15,6 +15,7 @@ and the casts between the two do nothing.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -50,6 +51,12 @@ class Stages(NamedTuple):
     grad_input: Callable
 
 
+def _jit(*static: str) -> Any:
+    """Traced once for each shape, and where no program is being traced also compiled once."""
+    return partial(jax.jit, static_argnames=static)
+
+
+@_jit("axes", "dtype")
 def moments(x, mask, *, axes: Axes, dtype):
     """count, shift, offset and m2 of each feature. :: [N, C] -> [1, C] each, or [1, 1]
 
@@ -73,6 +80,7 @@ def moments(x, mask, *, axes: Axes, dtype):
     return count, shift, s / n.astype(dtype), jnp.where(m2 < 0, 0, m2)
 
 
+@_jit("activation", "dtype")
 def normalize(x, mean, rstd, scale, bias, residual=None, *, activation=None, dtype):
     """y = activation((x - mean)*(rstd*scale) + bias + residual). :: [N, C] -> [N, C] in dtype
 
@@ -83,6 +91,7 @@ def normalize(x, mean, rstd, scale, bias, residual=None, *, activation=None, dty
     return (z if activation is None else activation(z)).astype(dtype)
 
 
+@_jit("activation", "axes")
 def grad_sums(dy, kept: Kept, *, activation=None, axes: Axes):
     """dbias = sum(dz), dscale = sum(dz * x_hat) over these examples. :: [N, C] -> [1, C] twice
 
@@ -98,6 +107,7 @@ def grad_sums(dy, kept: Kept, *, activation=None, axes: Axes):
     return s, kept.rstd * along
 
 
+@_jit("activation", "dtype")
 def grad_input(dy, kept: Kept, sums, *, activation=None, dtype):
     """dx of the final equation, and dz. :: [N, C] -> [N, C] in dtype, [N, C] in T
 

@@ -148,3 +148,26 @@ def test_layers_cost_no_more(step):
     assert operations(step((0, 1, 2)), X, V, V) <= ALL
     assert operations(step((1, 2)), X, V, V) <= NO_DX
     assert operations(step((0,)), X, V, V) <= ALL
+
+
+def test_layers_of_one_shape_are_traced_once():
+    """A deep network does not pay for each; the activation counts how often it is traced."""
+    traced = []
+
+    def activation(z):
+        traced.append(z)
+        return jnp.tanh(z)
+
+    def network(layers, x, scale, bias):
+        for _ in range(layers):
+            x, _ = jax_bn.batch_norm(x, scale, bias, activation=activation)
+        return jnp.sum(x)
+
+    def trace(layers):
+        before = len(traced)
+        jax.jit(jax.grad(partial(network, layers), (0, 1, 2))).trace(X, V, V)
+        return len(traced) - before
+
+    first, second, deep = trace(1), trace(1), trace(10)
+    assert first > second  # each call looks at it once, to check that it is elementwise
+    assert deep == 10 * second

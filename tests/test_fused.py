@@ -207,6 +207,12 @@ def test_y_is_kept_where_its_sign_is_enough():
 # ---- refused -------------------------------------------------------------------------------------
 
 
+def unhashable():
+    """A function that JAX cannot find again."""
+    made = type("Unhashable", (), {"__call__": lambda self, z: 2 * z, "__hash__": None})
+    return made()
+
+
 @pytest.mark.parametrize(
     "options, error, message",
     [
@@ -216,7 +222,8 @@ def test_y_is_kept_where_its_sign_is_enough():
             "residual has shape.*broadcast_to",
         ),
         (dict(residual=np.float32(1)), ValueError, r"residual has shape \(\); expected \(6, 4\)"),
-        (dict(activation="relu"), TypeError, "activation='relu'; expected a function"),
+        (dict(activation="relu"), TypeError, "activation='relu'; expected a hashable function"),
+        (dict(activation=unhashable()), TypeError, "expected a hashable function"),
         (dict(activation=jnp.sum), ValueError, "activation maps float32.* expected the same shape"),
         (dict(activation=lambda z: z > 0), ValueError, "activation maps .* same shape and dtype"),
         (dict(activation=lambda z: (z, z)), ValueError, "activation maps .* same shape and dtype"),

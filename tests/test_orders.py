@@ -63,7 +63,7 @@ MODE = {"f": forward, "r": jax.grad}
 
 
 def along_the_line(nesting, batch_norm, case, **options):
-    """d/dt, as often as `nesting` has letters, of loss(point + t*direction) at t = 0.3.
+    """d/dt, as often as `nesting` has letters, of loss(point + t*direction) at two t, under vmap.
 
     The derivative that is taken last stands first, as in "forward over reverse".
     """
@@ -76,7 +76,7 @@ def along_the_line(nesting, batch_norm, case, **options):
 
     for mode in reversed(nesting):
         f = MODE[mode](f)
-    return jax.jit(f)(0.3)
+    return jax.jit(jax.vmap(f))(jnp.array([0.3, -0.2]))
 
 
 def definition(nesting, case):

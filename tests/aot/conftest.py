@@ -1,4 +1,6 @@
-"""Compilers for devices that are not here. Without them every test skips, and says why."""
+"""Compilers for devices that are not here. Without them a test skips, and says why; or it fails,
+with `--need-compilers`.
+"""
 
 import jax
 import pytest
@@ -8,18 +10,22 @@ from benchmarks.compiled import compile_for_h200, compile_for_tpu, missing_compi
 jax.config.update("jax_platforms", "cpu")  # before JAX starts, or the plugins look for devices
 
 
-def needs_compiler(target):
+def pytest_addoption(parser):
+    parser.addoption("--need-compilers", action="store_true", help="fail where one is missing")
+
+
+def needs_compiler(target, request):
     if reason := missing_compiler(target):
-        pytest.skip(reason)
+        (pytest.fail if request.config.getoption("--need-compilers") else pytest.skip)(reason)
 
 
 @pytest.fixture(scope="session")
-def for_h200():
-    needs_compiler("h200")
+def for_h200(request):
+    needs_compiler("h200", request)
     return compile_for_h200
 
 
 @pytest.fixture(scope="session", params=["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 def for_tpu(request):
-    needs_compiler("tpu")
+    needs_compiler("tpu", request)
     return lambda f, *shapes: compile_for_tpu(f, request.param, *shapes)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks.compiled import passes
+from benchmarks.compiled import collectives_in, passes
 import jax_bn
 
 EARLY, LATE = (256, 56, 56, 64), (256, 14, 14, 1024)  # in a ResNet-50, at batch 256
@@ -95,6 +95,29 @@ def test_few_examples_on_an_h200(size, for_h200):
     assert counted(ours, for_h200, x)[-1] <= at_most
     assert counted(partial(ours, activation=jax.nn.relu), for_h200, x)[-1] <= at_most
     assert counted(flaxs, for_h200, x)[-1] >= of_flax
+
+
+def test_the_loss_of_few_examples(for_h200):
+    """The forward pass alone, where Flax's two sums share a sweep; and a residual beside it."""
+    x = jax.ShapeDtypeStruct((256, 1024), jnp.bfloat16)
+    assert counted(ours, for_h200, x)[0] == pytest.approx(3.6, abs=0.1)
+    assert counted(flaxs, for_h200, x)[0] == pytest.approx(3.1, abs=0.1)
+
+
+@pytest.mark.parametrize("size, forward, both", [(EARLY, 2, 3), ((32, 7, 7, 2048), 3, 4)])
+def test_all_reduces_over_eight(size, forward, both, for_h200):
+    """Where the compiler partitions the batch; the two steps of a short sum cost one more."""
+
+    def step(x, scale):
+        y, pull = jax.vjp(lambda x: jax_bn.batch_norm(x, scale)[0], x)
+        return y, pull(y)
+
+    x = jax.ShapeDtypeStruct(size, jnp.bfloat16)
+    scale = jax.ShapeDtypeStruct(size[-1:], jnp.float32)
+    for f, expected in ((lambda x, scale: jax_bn.batch_norm(x, scale), forward), (step, both)):
+        counts, largest = collectives_in(for_h200(f, x, scale, devices=8))
+        assert counts == {"all-reduce": expected}
+        assert largest <= 2 * size[-1]
 
 
 @pytest.mark.parametrize("size, dtype", OF_FLAX)

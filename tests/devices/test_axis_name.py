@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from tolerance import assert_as_accurate, in_float64
 
+from benchmarks.compiled import residual_bytes
 import jax_bn
 
 N, C = 6, 4  # examples on one device, features
@@ -144,6 +145,40 @@ def test_forward_mode(mode, devices):
     compare(of, (x, scale, bias), valid, direction, examples=N * 8)
 
 
+@pytest.mark.parametrize("inner, outer", [("r", "f"), ("r", "r"), ("f", "f")])
+def test_second_order_with_residual_and_activation(inner, outer, devices):
+    """Along a line through all arguments, so it is one number."""
+    x, valid, scale, bias = arrays(masked=True)
+    point = x, scale, bias, np.cos(x)
+    direction = jax.tree.map(np.sin, point)
+
+    def derivative(f, mode):
+        return jax.grad(f) if mode == "r" else lambda t: jax.jvp(f, (t,), (jnp.ones_like(t),))[1]
+
+    def of(batch_norm):
+        options = dict(forward_mode=True) if (batch_norm, inner) == (OURS, "f") else {}
+
+        def along(point, direction, valid, t):
+            x, scale, bias, shortcut = jax.tree.map(lambda p, d: p + t * d, point, direction)
+
+            def f(both, valid, scale, bias):
+                more = dict(residual=both[1], activation=jax.nn.silu, **options)
+                return share(batch_norm, both[0], valid, scale, bias, **more)
+
+            both = jnp.stack([x, shortcut], 1)
+            mapped = by_shard_map(f, devices, VARYING, check_vma=True)
+            loss, (y, mean, _, _) = mapped(both, valid, scale, bias)
+            return jnp.sum(loss) + jnp.sum(y**3) + jnp.sum(mean**2)
+
+        def second(point, direction, valid, t):
+            first = derivative(partial(along, point, direction, valid), inner)
+            return derivative(first, outer)(t)
+
+        return jax.jit(second)
+
+    compare(of, point, direction, valid, np.float32(0.3), examples=N * 8)
+
+
 @pytest.mark.parametrize(
     "mode, activation", [*((mode, jax.nn.relu) for mode in MODES), ("shard_map", jax.nn.silu)]
 )
@@ -208,6 +243,17 @@ def test_a_pipeline_of_stages(devices):
         ours = jax.jit(partial(gradients, pipelined, OURS))(*args)
         expected = jax.jit(partial(gradients, in_turn, DEFINITION))(*args)
     chex.assert_trees_all_close(ours, expected, rtol=1e-9, atol=1e-12)
+
+    def kept(batch_norm):  # on all devices, beside what a pipeline without normalization keeps
+        def f(*args):
+            return residual_bytes(partial(pipelined, batch_norm), *args)
+
+        return f(x, scale, bias)
+
+    ticks = batches + stages - 1
+    a_tick = (kept(OURS) - kept(lambda h, *_: (h, None))) / (ticks * stages)
+    assert a_tick <= x[0].nbytes + 4 * C * x.itemsize
+    assert (kept(DEFINITION) - kept(lambda h, *_: (h, None))) / (ticks * stages) >= 2 * x[0].nbytes
 
 
 @pytest.mark.parametrize("mode", MODES)

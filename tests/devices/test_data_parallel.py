@@ -36,6 +36,16 @@ def data_parallel():
         yield importlib.import_module("data_parallel")
 
 
+@contextlib.contextmanager
+def ended_at_last():
+    """A list for processes: those that a test leaves running are killed."""
+    started = []
+    yield started
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
     """Starts the example as a user does, with none of this process's settings of JAX."""
@@ -49,7 +59,6 @@ def start(tmp_path_factory):
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    started = []
 
     def start(*options):
         command = [sys.executable, str(EXAMPLES / "data_parallel.py"), *options]
@@ -64,10 +73,8 @@ def start(tmp_path_factory):
         started.append(process)
         return process
 
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
+    with ended_at_last() as started:
+        yield start
 
 
 @pytest.fixture(scope="module")
@@ -130,7 +137,6 @@ def test_a_peer_that_never_comes(start):
 @pytest.fixture
 def launch_script(tmp_path):
     """Launches as two processes a script that waits, but process 1 first does as is said."""
-    launchers = []
 
     def launch_script(does):
         script = tmp_path / "script.py"
@@ -147,13 +153,11 @@ def launch_script(tmp_path):
             stderr=subprocess.PIPE,
             text=True,
         )
-        launchers.append(launcher)
+        started.append(launcher)
         return launcher
 
-    yield launch_script
-    for launcher in launchers:
-        launcher.kill()
-        launcher.stderr.close()
+    with ended_at_last() as started:
+        yield launch_script
 
 
 def test_launcher_passes_on_an_exit_code(launch_script):
