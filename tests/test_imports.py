@@ -10,9 +10,11 @@ import jax_bn
 PACKAGE = Path(str(jax_bn.__file__)).parent
 MAY_IMPORT = {  # of this package; downward only
     "__init__": {"_batch_norm", "_residuals", "_statistics", "reference"},
-    "linen": {"linen._batch_norm"},
+    "linen": {"linen._batch_norm", "linen._replace"},
+    "linen._replace": {"linen._batch_norm"},
     "linen._batch_norm": {"_batch_norm", "_shapes", "_statistics"},
-    "nnx": {"nnx._batch_norm"},
+    "nnx": {"nnx._batch_norm", "nnx._replace"},
+    "nnx._replace": {"nnx._batch_norm"},
     "nnx._batch_norm": {"_batch_norm", "_shapes", "_statistics"},
     "_batch_norm": {"_arguments", "_residuals", "_shapes", "_stages", "_statistics", "_vjp"},
     "_arguments": {"_activations", "_shapes"},

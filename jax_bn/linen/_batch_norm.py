@@ -104,50 +104,74 @@ class BatchNorm(nn.Module):
         Returns:
             y, of x's shape.
         """
-        use_running_average = nn.merge_param(
-            "use_running_average", self.use_running_average, use_running_average
-        )
-        if isinstance(self.activation, nn.Module):
-            raise TypeError(
-                f"activation={self.activation} is a module; expected a function without "
-                "parameters: apply the module to the result of this layer"
-            )
-        x = jnp.asarray(x)
-        shape = tuple(x.shape[a] for a in feature_axes(self.axis, x.ndim))
-        stat_dtype = jnp.float32 if self.force_float32_reductions else self.param_dtype
-        mean = self.variable("batch_stats", "mean", jnp.zeros, shape, stat_dtype)
-        var = self.variable("batch_stats", "var", jnp.ones, shape, stat_dtype)
-        scale = (
-            self.param("scale", self.scale_init, shape, self.param_dtype)
-            if self.use_scale
-            else None
-        )
-        bias = (
-            self.param("bias", self.bias_init, shape, self.param_dtype) if self.use_bias else None
-        )
-        common: dict[str, Any] = dict(
-            axis=self.axis,
-            epsilon=self.epsilon,
+        return batch_normalized(
+            self,
+            x,
+            use_running_average,
+            mask=mask,
             residual=residual,
             activation=self.activation,
-            dtype=dtypes.canonicalize_dtype(x, scale, bias, dtype=self.dtype),
-        )
-        if use_running_average:
-            return normalize(x, mean.value, var.value, scale, bias, **common)
-        initializing = self.is_initializing()
-        y, stats = batch_norm(
-            x,
-            scale,
-            bias,
-            mask=None if mask is None else flax_mask(jnp.asarray(mask), x.shape),
-            axis_name=None if initializing else self.axis_name,
-            axis_index_groups=None if initializing else self.axis_index_groups,
-            virtual_batch_size=None if initializing else self.virtual_batch_size,
+            virtual_batch_size=self.virtual_batch_size,
             forward_mode=self.forward_mode,
-            **common,
         )
-        if not initializing:
-            mean.value, var.value = update_running_stats(
-                mean.value, var.value, stats, momentum=self.momentum
-            )
-        return y
+
+
+def batch_normalized(
+    layer: Any,
+    x: jax.typing.ArrayLike,
+    use_running_average: bool | None = None,
+    *,
+    mask: jax.typing.ArrayLike | None = None,
+    residual: jax.typing.ArrayLike | None = None,
+    activation: Callable[[jax.Array], jax.Array] | None = None,
+    virtual_batch_size: int | None = None,
+    forward_mode: bool = False,
+) -> jax.Array:
+    """The call of `layer`: a `BatchNorm`, or Flax's, which has not the fields given here apart."""
+    use_running_average = nn.merge_param(
+        "use_running_average", layer.use_running_average, use_running_average
+    )
+    if isinstance(activation, nn.Module):
+        raise TypeError(
+            f"activation={activation} is a module; expected a function without "
+            "parameters: apply the module to the result of this layer"
+        )
+    x = jnp.asarray(x)
+    shape = tuple(x.shape[a] for a in feature_axes(layer.axis, x.ndim))
+    stat_dtype = jnp.float32 if layer.force_float32_reductions else layer.param_dtype
+    mean = layer.variable("batch_stats", "mean", jnp.zeros, shape, stat_dtype)
+    var = layer.variable("batch_stats", "var", jnp.ones, shape, stat_dtype)
+    scale = (
+        layer.param("scale", layer.scale_init, shape, layer.param_dtype)
+        if layer.use_scale
+        else None
+    )
+    bias = (
+        layer.param("bias", layer.bias_init, shape, layer.param_dtype) if layer.use_bias else None
+    )
+    common: dict[str, Any] = dict(
+        axis=layer.axis,
+        epsilon=layer.epsilon,
+        residual=residual,
+        activation=activation,
+        dtype=dtypes.canonicalize_dtype(x, scale, bias, dtype=layer.dtype),
+    )
+    if use_running_average:
+        return normalize(x, mean.value, var.value, scale, bias, **common)
+    initializing = layer.is_initializing()
+    y, stats = batch_norm(
+        x,
+        scale,
+        bias,
+        mask=None if mask is None else flax_mask(jnp.asarray(mask), x.shape),
+        axis_name=None if initializing else layer.axis_name,
+        axis_index_groups=None if initializing else layer.axis_index_groups,
+        virtual_batch_size=None if initializing else virtual_batch_size,
+        forward_mode=forward_mode,
+        **common,
+    )
+    if not initializing:
+        mean.value, var.value = update_running_stats(
+            mean.value, var.value, stats, momentum=layer.momentum
+        )
+    return y
