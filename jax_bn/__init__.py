@@ -5,6 +5,7 @@
 
 from jax_bn import reference as reference
 from jax_bn._batch_norm import batch_norm as batch_norm, normalize as normalize
+from jax_bn._batch_renorm import batch_renorm as batch_renorm
 from jax_bn._residuals import remat_policy as remat_policy
 from jax_bn._statistics import (
     BatchStats as BatchStats,

@@ -31,6 +31,16 @@ def per_feature(name: str, v, x: jax.Array, features: tuple[int, ...]) -> jax.Ar
     return _shapes.per_feature(name, inexact(name, v), x.shape, features)
 
 
+def running(mean, var, x: jax.Array, features: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """Given statistics, one number a feature each. :: [C], [C] -> [1, C], [1, C]"""
+    if mean is None or var is None:
+        raise TypeError("mean or var is None; expected both (batch_norm computes them from x)")
+    mean, var = per_feature("mean", mean, x, features), per_feature("var", var, x, features)
+    if jnp.iscomplexobj(var):
+        raise TypeError(f"var has dtype {var.dtype}; a variance is real: pass var.real")
+    return mean, var
+
+
 def residual(v, x: jax.Array) -> jax.Array:
     """What is added to the result: of x's shape."""
     v = inexact("residual", v)

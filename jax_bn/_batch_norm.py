@@ -1,22 +1,19 @@
 """START HERE. The public functions: their contract, and the call into the rule.
 
-batch_norm -> _vjp.batch_norm -> _stages     normalizes with the statistics of the batch
-normalize  -> _stages.normalize              normalizes with given statistics (evaluation)
+batch_norm -> _training -> _vjp.batch_norm -> _stages     normalizes with the batch's statistics
+normalize  -> _stages.normalize                           normalizes with given ones (evaluation)
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
-import operator
 
 import jax
 from jax import lax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
-import numpy as np
 
-from jax_bn import _arguments, _residuals, _shapes, _stages, _vjp
-from jax_bn._statistics import BatchStats, merge_stacked
+from jax_bn import _arguments, _residuals, _shapes, _stages, _training
+from jax_bn._statistics import BatchStats
 
 
 def batch_norm(
@@ -138,42 +135,21 @@ def batch_norm(
         >>> bool(jnp.abs(dx.sum()) < 1e-6)  # orthogonal to constants
         True
     """
-    x = _arguments.inexact("x", x)
-    features = _shapes.feature_axes(axis, x.ndim)
-    reduced = _shapes.reduced_axes(features, x.ndim)
-    examples = _shapes.size(x.shape, reduced)
-    if examples == 0:
-        raise ValueError(
-            f"x has shape {x.shape}: no examples to take statistics of along the reduced axes "
-            f"{reduced}; expected at least one"
-        )
-    epsilon = _arguments.static_epsilon(epsilon)
-    y_dtype = _arguments.dtype_of_y(dtype, x)
-    scale = None if scale is None else _arguments.per_feature("scale", scale, x, features)
-    bias = None if bias is None else _arguments.per_feature("bias", bias, x, features)
-    if mask is not None:
-        mask = _shapes.aligned_mask(jnp.asarray(mask), x.shape, features)
-    residual = None if residual is None else _arguments.residual(residual, x)
-    names, groups, devices = _arguments.mapped_axes(axis_name, axis_index_groups)
-    stat_dtype = _arguments.arithmetic_dtype(y_dtype, x, scale, bias, residual)
-    x, scale, bias = _arguments.in_arithmetic(stat_dtype, x, scale, bias)
-    _arguments.elementwise(activation, stat_dtype)
-    spec = _vjp.Spec(reduced, stat_dtype, y_dtype, names, groups, activation, bool(forward_mode))
-
-    def one_batch(x, mask, residual):
-        y, count, mean, var = _vjp.batch_norm(spec, x, mask, scale, bias, residual, epsilon)
-        count = jnp.broadcast_to(count, mean.shape)
-        return y, BatchStats(*(jnp.squeeze(v, reduced) for v in (mean, var, count)))
-
-    if virtual_batch_size is None:
-        y, stats = one_batch(x, mask, residual)
-    else:
-        y, stats = _in_virtual_batches(one_batch, x, mask, residual, reduced, virtual_batch_size)
-    if mask is None:
-        # The count is known while tracing. Kept so, it lets `update_running_stats` refuse 1.
-        known = np.full(stats.count.shape, examples * devices, stats.count.dtype)
-        stats = replace(stats, count=known)
-    return y, stats
+    return _training.in_training(
+        x,
+        scale,
+        bias,
+        axis=axis,
+        epsilon=epsilon,
+        mask=mask,
+        axis_name=axis_name,
+        axis_index_groups=axis_index_groups,
+        virtual_batch_size=virtual_batch_size,
+        residual=residual,
+        activation=activation,
+        dtype=dtype,
+        forward_mode=forward_mode,
+    )
 
 
 def normalize(
@@ -226,14 +202,9 @@ def normalize(
     features = _shapes.feature_axes(axis, x.ndim)
     epsilon = _arguments.static_epsilon(epsilon)
     y_dtype = _arguments.dtype_of_y(dtype, x)
-    if mean is None or var is None:
-        raise TypeError("mean or var is None; expected both (batch_norm computes them from x)")
-    mean = _arguments.per_feature("mean", mean, x, features)
-    var = _arguments.per_feature("var", var, x, features)
+    mean, var = _arguments.running(mean, var, x, features)
     scale = None if scale is None else _arguments.per_feature("scale", scale, x, features)
     bias = None if bias is None else _arguments.per_feature("bias", bias, x, features)
-    if jnp.iscomplexobj(var):
-        raise TypeError(f"var has dtype {var.dtype}; a variance is real: pass var.real")
     residual = None if residual is None else _arguments.residual(residual, x)
     wide = _arguments.arithmetic_dtype(y_dtype, x, mean, var, scale, bias, residual)
     _arguments.elementwise(activation, wide)
@@ -247,36 +218,3 @@ def normalize(
 def _normalize_again(activation, dtype, *args):
     """The stage; keeps x for the backward pass, not x - mean in a wider dtype."""
     return _stages.normalize(*args, activation=activation, dtype=dtype)
-
-
-def _in_virtual_batches(one_batch, x, mask, residual, reduced: tuple[int, ...], size: int):
-    """`one_batch` on each `size` consecutive examples of the batch axis; statistics of all."""
-    batch, n = (reduced[0], x.shape[reduced[0]]) if reduced else (None, 1)
-    try:
-        size = operator.index(size)
-    except TypeError as e:
-        raise TypeError(f"virtual_batch_size={size!r}; expected an int or None") from e
-    if size < 1 or n % size:
-        raise ValueError(
-            f"virtual_batch_size={size} does not divide the batch axis of x (axis {batch}, length "
-            f"{n}) into whole groups; expected a divisor of {n}: drop or pad and mask the rest"
-        )
-    if batch is None:
-        return one_batch(x, mask, residual)
-
-    if (n // size) % (shards := _shapes.shards(x, batch)):
-        raise ValueError(
-            f"virtual_batch_size={size} does not divide what a device holds of the batch axis of x "
-            f"({n} examples over {shards} devices, by explicit mesh axes); expected a divisor of "
-            f"{n // shards}, or automatic axes"
-        )
-
-    def split(v):
-        return v.reshape(*v.shape[:batch], n // size, size, *v.shape[batch + 1 :])
-
-    shared_mask = mask is None or mask.shape[batch] == 1
-    # tree.map: None stays None
-    args = split(x), mask if shared_mask else split(mask), jax.tree.map(split, residual)
-    in_axes = batch, None if shared_mask else batch, batch
-    y, stats = jax.vmap(one_batch, in_axes, out_axes=(batch, 0))(*args)
-    return y.reshape(x.shape), merge_stacked(stats)

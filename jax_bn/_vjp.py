@@ -34,11 +34,13 @@ from jax_bn._stages import Kept
 _with_vjp: Any = partial(jax.custom_vjp, nondiff_argnums=(0,))
 
 
-def batch_norm(spec: Spec, x, mask, scale, bias, residual, epsilon):
-    """All of it. :: x[N, C], scale[1, C], bias[1, C] -> y[N, C]; count, mean, var [1, C]."""
+def batch_norm(spec: Spec, x, mask, affine, residual, epsilon):
+    """All of it. :: x[N, C], affine -> y[N, C]; count, mean, var [1, C].
+
+    affine :: count, mean, var -> scale[1, C], bias[1, C]. It is plain code as the merge is.
+    """
     # A masked x differs between devices as its mask does; a residual's cotangent as y does.
     x = _devices.varying_as(x, mask)
-    residual = None if residual is None else _devices.varying_as(residual, x, scale, bias)
     x = _residuals.named_x(x)
     count, shift, offset, m2 = _jvp.moments(spec, x, mask)
     count, shift = lax.stop_gradient((count, shift))
@@ -48,6 +50,8 @@ def batch_norm(spec: Spec, x, mask, scale, bias, residual, epsilon):
     mean, var = shift + offset, m2 / jnp.maximum(count, 1)
     # A feature with nothing valid has no x_hat; rstd = 0 makes it 0, so that y = bias and dx = 0.
     rstd = jnp.where(count > 0, lax.rsqrt(var + epsilon), 0).astype(spec.stat_dtype)
+    scale, bias = affine(count, mean, var)
+    residual = None if residual is None else _devices.varying_as(residual, x, scale, bias)
     rule = _jvp.normalize if spec.forward_mode else _normalize
     n, m, r = _residuals.named_statistics(lax.stop_gradient((count, mean, rstd)))
     y = rule(spec, Kept(x, mask, n, m, r, scale, bias, residual))

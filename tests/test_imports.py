@@ -9,14 +9,18 @@ import jax_bn
 
 PACKAGE = Path(str(jax_bn.__file__)).parent
 MAY_IMPORT = {  # of this package; downward only
-    "__init__": {"_batch_norm", "_residuals", "_statistics", "reference"},
-    "linen": {"linen._batch_norm", "linen._replace"},
+    "__init__": {"_batch_norm", "_batch_renorm", "_residuals", "_statistics", "reference"},
+    "linen": {"linen._batch_norm", "linen._batch_renorm", "linen._replace"},
     "linen._replace": {"linen._batch_norm"},
+    "linen._batch_renorm": {"_batch_renorm", "linen._batch_norm"},
     "linen._batch_norm": {"_batch_norm", "_shapes", "_statistics"},
-    "nnx": {"nnx._batch_norm", "nnx._replace"},
+    "nnx": {"nnx._batch_norm", "nnx._batch_renorm", "nnx._replace"},
     "nnx._replace": {"nnx._batch_norm"},
+    "nnx._batch_renorm": {"_batch_renorm", "nnx._batch_norm"},
     "nnx._batch_norm": {"_batch_norm", "_shapes", "_statistics"},
-    "_batch_norm": {"_arguments", "_residuals", "_shapes", "_stages", "_statistics", "_vjp"},
+    "_batch_norm": {"_arguments", "_residuals", "_shapes", "_stages", "_statistics", "_training"},
+    "_batch_renorm": {"_arguments", "_residuals", "_statistics", "_training"},
+    "_training": {"_arguments", "_shapes", "_statistics", "_vjp"},
     "_arguments": {"_activations", "_shapes"},
     "_vjp": {"_activations", "_devices", "_jvp", "_residuals", "_stages", "_statistics"},
     "_jvp": {"_compiler", "_devices", "_residuals", "_stages"},
@@ -30,7 +34,9 @@ MAY_IMPORT = {  # of this package; downward only
     "reference": set(),
 }
 MAY_IMPORT_FLAX = {name for name in MAY_IMPORT if name.split(".")[0] in ("linen", "nnx")}
-LAYERS = {"linen._batch_norm", "nnx._batch_norm"}
+LAYERS = {
+    f"{flax}.{layer}" for flax in ("linen", "nnx") for layer in ("_batch_norm", "_batch_renorm")
+}
 
 
 def files():

@@ -48,6 +48,12 @@ class BatchNorm(nn.Module):
             in the same sweep; see `jax_bn.batch_norm` for what is kept; keyword only, not in Flax.
         forward_mode: whether `jax.jvp` and `jax.jacfwd` must pass through the layer in training, as
             in `jax_bn.batch_norm`; keyword only, not in Flax.
+        freeze_statistics: normalize with the running averages, and leave them as they are, in
+            training too, whatever `use_running_average` says; gradients of x, scale and bias go on.
+            (To normalize with the batch and leave the averages: momentum=1.0.) Keyword only, not in
+            Flax.
+        freeze_affine: no gradient reaches scale and bias: theirs is 0, which an optimizer may still
+            answer with weight decay; statistics go on. Keyword only, not in Flax.
 
     Variables: collection `batch_stats` with `mean` and `var`, params `scale` and `bias`, each of
     the shape of the feature axes.
@@ -82,6 +88,8 @@ class BatchNorm(nn.Module):
         default=None, kw_only=True
     )
     forward_mode: bool = dataclasses.field(default=False, kw_only=True)
+    freeze_statistics: bool = dataclasses.field(default=False, kw_only=True)
+    freeze_affine: bool = dataclasses.field(default=False, kw_only=True)
 
     @nn.compact
     def __call__(
@@ -104,36 +112,32 @@ class BatchNorm(nn.Module):
         Returns:
             y, of x's shape.
         """
-        return batch_normalized(
-            self,
-            x,
-            use_running_average,
-            mask=mask,
-            residual=residual,
-            activation=self.activation,
-            virtual_batch_size=self.virtual_batch_size,
-            forward_mode=self.forward_mode,
-        )
+        return batch_normalized(self, self, x, use_running_average, mask=mask, residual=residual)
+
+    @nn.nowrap
+    def _in_training(self, mean: nn.Variable, var: nn.Variable, training: bool) -> Callable:
+        """What normalizes in training, with the variables that it takes beside mean and var."""
+        del mean, var, training
+        return batch_norm
 
 
 def batch_normalized(
     layer: Any,
+    own: BatchNorm,
     x: jax.typing.ArrayLike,
     use_running_average: bool | None = None,
     *,
     mask: jax.typing.ArrayLike | None = None,
     residual: jax.typing.ArrayLike | None = None,
-    activation: Callable[[jax.Array], jax.Array] | None = None,
-    virtual_batch_size: int | None = None,
-    forward_mode: bool = False,
 ) -> jax.Array:
-    """The call of `layer`: a `BatchNorm`, or Flax's, which has not the fields given here apart."""
+    """The call of `layer`, which may be Flax's: fields that this has not are those of `own`."""
     use_running_average = nn.merge_param(
         "use_running_average", layer.use_running_average, use_running_average
     )
-    if isinstance(activation, nn.Module):
+    training = not (use_running_average or own.freeze_statistics)
+    if isinstance(own.activation, nn.Module):
         raise TypeError(
-            f"activation={activation} is a module; expected a function without "
+            f"activation={own.activation} is a module; expected a function without "
             "parameters: apply the module to the result of this layer"
         )
     x = jnp.asarray(x)
@@ -141,6 +145,7 @@ def batch_normalized(
     stat_dtype = jnp.float32 if layer.force_float32_reductions else layer.param_dtype
     mean = layer.variable("batch_stats", "mean", jnp.zeros, shape, stat_dtype)
     var = layer.variable("batch_stats", "var", jnp.ones, shape, stat_dtype)
+    in_training = own._in_training(mean, var, training)
     scale = (
         layer.param("scale", layer.scale_init, shape, layer.param_dtype)
         if layer.use_scale
@@ -149,25 +154,27 @@ def batch_normalized(
     bias = (
         layer.param("bias", layer.bias_init, shape, layer.param_dtype) if layer.use_bias else None
     )
+    if own.freeze_affine:
+        scale, bias = jax.lax.stop_gradient((scale, bias))
     common: dict[str, Any] = dict(
         axis=layer.axis,
         epsilon=layer.epsilon,
         residual=residual,
-        activation=activation,
+        activation=own.activation,
         dtype=dtypes.canonicalize_dtype(x, scale, bias, dtype=layer.dtype),
     )
-    if use_running_average:
+    if not training:
         return normalize(x, mean.value, var.value, scale, bias, **common)
     initializing = layer.is_initializing()
-    y, stats = batch_norm(
+    y, stats = in_training(
         x,
-        scale,
-        bias,
+        scale=scale,
+        bias=bias,
         mask=None if mask is None else flax_mask(jnp.asarray(mask), x.shape),
         axis_name=None if initializing else layer.axis_name,
         axis_index_groups=None if initializing else layer.axis_index_groups,
-        virtual_batch_size=None if initializing else virtual_batch_size,
-        forward_mode=forward_mode,
+        virtual_batch_size=None if initializing else own.virtual_batch_size,
+        forward_mode=own.forward_mode,
         **common,
     )
     if not initializing:

@@ -8,7 +8,7 @@ from typing import Any
 from flax import linen as nn
 import jax
 
-from jax_bn.linen._batch_norm import batch_normalized
+from jax_bn.linen._batch_norm import BatchNorm, batch_normalized
 
 # `forward_mode` within the context, None outside. It is part of the key of JAX's caches, so that a
 # model that was traced outside is traced anew inside.
@@ -68,6 +68,7 @@ def replace_batch_norm(*, forward_mode: bool = False) -> Iterator[list[tuple[str
             "replace_batch_norm is entered within another replace_batch_norm, with "
             f"forward_mode={_within.value}; expected one at a time: leave that one first"
         )
+    own = BatchNorm(forward_mode=bool(forward_mode), parent=None)
     replaced: list[tuple[str, ...]] = []
 
     def interceptor(next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext):
@@ -83,9 +84,9 @@ def replace_batch_norm(*, forward_mode: bool = False) -> Iterator[list[tuple[str
             )
         if layer.path not in replaced:
             replaced.append(layer.path)
-        return batch_normalized(layer, *args, forward_mode=forward_mode, **kwargs)
+        return batch_normalized(layer, own, *args, **kwargs)
 
-    with _within(bool(forward_mode)), nn.intercept_methods(interceptor):
+    with _within(own.forward_mode), nn.intercept_methods(interceptor):
         yield replaced
 
 

@@ -1,6 +1,7 @@
-"""Flax NNX: the layer, and models with it in the place of Flax's. Needs the extra `flax`."""
+"""Flax NNX: the layers, and models with ours in the place of Flax's. Needs the extra `flax`."""
 
 from jax_bn.nnx._batch_norm import BatchNorm as BatchNorm
+from jax_bn.nnx._batch_renorm import BatchRenorm as BatchRenorm
 from jax_bn.nnx._replace import (
     replace_batch_norm as replace_batch_norm,
     restore_batch_norm as restore_batch_norm,

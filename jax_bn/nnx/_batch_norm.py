@@ -49,6 +49,12 @@ class BatchNorm(nnx.Module):
             in the same sweep; see `jax_bn.batch_norm` for what is kept; not in Flax.
         forward_mode: whether `jax.jvp` and `jax.jacfwd` must pass through the layer in training, as
             in `jax_bn.batch_norm`; not in Flax.
+        freeze_statistics: normalize with the running averages, and leave them as they are, in
+            training too, whatever `use_running_average` says; gradients of x, scale and bias go on.
+            (To normalize with the batch and leave the averages: momentum=1.0.) Not in Flax.
+        freeze_affine: no gradient reaches scale and bias: theirs is 0, which an optimizer may still
+            answer with weight decay; statistics go on. Not in Flax. Both can be set later, for all
+            layers of a model: by its `set_attributes`, or by `nnx.view`.
 
     Variables: `mean` and `var` (`nnx.BatchStat`, float32), `scale` and `bias` (`nnx.Param` or
     None), each of shape `(num_features,)`.
@@ -90,6 +96,8 @@ class BatchNorm(nnx.Module):
         virtual_batch_size: int | None = None,
         activation: Callable[[jax.Array], jax.Array] | None = None,
         forward_mode: bool = False,
+        freeze_statistics: bool = False,
+        freeze_affine: bool = False,
     ):
         if isinstance(activation, nnx.Module):
             raise TypeError(
@@ -125,6 +133,8 @@ class BatchNorm(nnx.Module):
         self.virtual_batch_size = virtual_batch_size
         self.activation = activation
         self.forward_mode = forward_mode
+        self.freeze_statistics = freeze_statistics
+        self.freeze_affine = freeze_affine
 
     def __call__(
         self,
@@ -163,6 +173,8 @@ class BatchNorm(nnx.Module):
         mean, var = self.mean[...], self.var[...]
         scale = None if self.scale is None else self.scale[...]
         bias = None if self.bias is None else self.bias[...]
+        if self.freeze_affine:
+            scale, bias = jax.lax.stop_gradient((scale, bias))
         px, _, _, pscale, pbias = self.promote_dtype((x, mean, var, scale, bias), dtype=self.dtype)
         common: dict[str, Any] = dict(
             axis=self.axis,
@@ -171,12 +183,12 @@ class BatchNorm(nnx.Module):
             activation=self.activation,
             dtype=dtypes.canonicalize_dtype(px, pscale, pbias, dtype=self.dtype),
         )
-        if use_running_average:
+        if use_running_average or self.freeze_statistics:
             return normalize(x, mean, var, scale, bias, **common)
-        y, stats = batch_norm(
+        y, stats = self._in_training(mean, var)(
             x,
-            scale,
-            bias,
+            scale=scale,
+            bias=bias,
             mask=None if mask is None else flax_mask(jnp.asarray(mask), x.shape),
             axis_name=self.axis_name,
             axis_index_groups=self.axis_index_groups,
@@ -190,11 +202,28 @@ class BatchNorm(nnx.Module):
         )
         return y
 
-    def set_view(self, use_running_average: bool | None = None):
-        """Called by `nnx.view`.
+    def _in_training(self, mean: jax.Array, var: jax.Array) -> Callable:
+        """What normalizes in training."""
+        del mean, var
+        return batch_norm
+
+    def set_view(
+        self,
+        use_running_average: bool | None = None,
+        *,
+        freeze_statistics: bool | None = None,
+        freeze_affine: bool | None = None,
+    ):
+        """Called by `nnx.view`; what is None stays as it was.
 
         Args:
-            use_running_average: evaluation if True, training if False, as it was if None.
-        """
+          use_running_average: evaluation if True, training if False.
+          freeze_statistics: as the argument of the constructor.
+          freeze_affine: as the argument of the constructor.
+        """  # indented as `nnx.view_info` reads it
         if use_running_average is not None:
             self.use_running_average = use_running_average
+        if freeze_statistics is not None:
+            self.freeze_statistics = freeze_statistics
+        if freeze_affine is not None:
+            self.freeze_affine = freeze_affine
