@@ -10,6 +10,10 @@ import jax_bn
 PACKAGE = Path(str(jax_bn.__file__)).parent
 MAY_IMPORT = {  # of this package; downward only
     "__init__": {"_batch_norm", "_batch_renorm", "_residuals", "_statistics", "reference"},
+    "recalibrate": {"_batch_norm", "_intercept", "_shapes", "_statistics", "linen", "nnx"},
+    "fold": {"_adjacent", "_arguments", "_intercept", "linen", "nnx"},
+    "_adjacent": {"_intercept", "_shapes"},
+    "_intercept": set(),
     "linen": {"linen._batch_norm", "linen._batch_renorm", "linen._replace"},
     "linen._replace": {"linen._batch_norm"},
     "linen._batch_renorm": {"_batch_renorm", "linen._batch_norm"},
@@ -33,7 +37,8 @@ MAY_IMPORT = {  # of this package; downward only
     "_shapes": set(),
     "reference": set(),
 }
-MAY_IMPORT_FLAX = {name for name in MAY_IMPORT if name.split(".")[0] in ("linen", "nnx")}
+FLAX = "linen", "nnx", "recalibrate", "fold", "_intercept"
+MAY_IMPORT_FLAX = {name for name in MAY_IMPORT if name.split(".")[0] in FLAX}
 LAYERS = {
     f"{flax}.{layer}" for flax in ("linen", "nnx") for layer in ("_batch_norm", "_batch_renorm")
 }

@@ -1,0 +1,64 @@
+"""Sees the calls of chosen layers inside a Flax model, wherever in the model they are.
+
+A watcher stands between the model and the layer: `watcher(layer, path, call, *args, **kwargs)`
+returns y, and `call(*args, **kwargs)` is the layer itself. Watchers are given by class, as in
+`{BatchNorm: watcher}`. A subclass that calls `super().__call__` is seen at that call, with the
+arguments given there.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+import inspect
+import types
+from typing import Any
+
+from flax import linen as nn, nnx
+
+Watchers = Mapping[type, Callable[..., Any]]
+
+
+def trains(layer, use_running_average: bool | None) -> bool:
+    """Whether a batch normalization that is called so takes the statistics of the batch.
+
+    Not so if nobody says: that is the layer's own error.
+    """
+    given = layer.use_running_average if use_running_average is None else use_running_average
+    return given is not None and not (given or getattr(layer, "freeze_statistics", False))
+
+
+def in_linen(watchers: Watchers) -> AbstractContextManager:
+    """A context in which the calls of Linen layers go through `watchers`."""
+    # Both the call of a subclass and its super().__call__ are intercepted: told apart by function.
+    methods = {inspect.unwrap(cls.__call__): watcher for cls, watcher in watchers.items()}
+
+    def interceptor(call, args, kwargs, context):
+        watcher = methods.get(context.orig_method.func)
+        if watcher is None:
+            return call(*args, **kwargs)
+        return watcher(context.module, "/".join(context.module.path), call, *args, **kwargs)
+
+    return nn.intercept_methods(interceptor)
+
+
+def in_nnx(model: nnx.Module, watchers: Watchers) -> None:
+    """From now on the calls of layers in `model`, a copy to be thrown away, go through `watchers`.
+
+    Python finds `__call__` by class, so each layer gets a class of its own, which puts the watcher
+    between the layer's class and the watched one. Attributes, `isinstance` and NNX's transforms,
+    which carry the class along, see no difference.
+    """
+    for path, layer in nnx.iter_modules(model, graph=True):
+        for watched, watcher in watchers.items():
+            if isinstance(layer, watched):
+                between = _between(watched, watcher, "/".join(map(str, path)))
+                cls = type(layer)
+                bases = (between,) if cls is watched else (cls, between)
+                layer.__class__ = types.new_class(cls.__name__, bases)
+
+
+def _between(watched: type, watcher: Callable[..., Any], path: str) -> type:
+    class Between(watched):
+        def __call__(self, *args, **kwargs):
+            return watcher(self, path, super().__call__, *args, **kwargs)
+
+    return Between
