@@ -114,7 +114,7 @@ def update_running_stats(
     var: ArrayLike,
     stats: BatchStats,
     *,
-    momentum: float = 0.99,
+    momentum: float | jax.Array = 0.99,
     unbiased: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Running averages of the mean and the variance after one more batch.
@@ -126,8 +126,9 @@ def update_running_stats(
         mean, var: the running averages, shape of the feature axes. Their dtypes are kept, but for a
             complex batch mean, which makes the running mean complex.
         stats: of the batch, from `batch_norm`.
-        momentum: the weight of the old value, in [0, 1]. PyTorch's is the weight of the new one:
-            its 0.1 is 0.9 here. Flax, Keras and Equinox count as here.
+        momentum: the weight of the old value, in [0, 1]; may be traced. PyTorch's is the weight of
+            the new one: its 0.1 is 0.9 here. Flax, Keras and Equinox count as here. With (n - 1)/n
+            at the n-th batch the averages are the plain means of all batches: PyTorch's None.
         unbiased: PyTorch's convention for the running variance; Flax averages the biased one.
 
     Returns:
@@ -176,7 +177,23 @@ def update_running_stats(
         with jax.numpy_dtype_promotion("standard"):  # asked for by name, so not implicit
             wide = jnp.promote_types(old.dtype, new.dtype)
         to = wide if jnp.iscomplexobj(new) else old.dtype
-        averaged = momentum * old.astype(wide) + (1 - momentum) * new.astype(wide)
+        # A number's complement is rounded as a Python float, as in Flax; an array's in its dtype.
+        weight = momentum
+        if isinstance(momentum, jax.Array):
+            weight = momentum.astype(jnp.finfo(wide).dtype)
+        averaged = weight * old.astype(wide) + (1 - weight) * new.astype(wide)
         return jnp.where(known, averaged.astype(to), old.astype(to))
 
     return update(mean, stats.mean, count > 0), update(var, batch_var, count > enough)
+
+
+def count_batch(num_batches: ArrayLike, stats: BatchStats) -> tuple[jax.Array, jax.Array]:
+    """How many batches there have been with this one, n, and the momentum of their plain mean.
+
+    mean_n = ((n - 1)*mean_{n-1} + batch)/n, so momentum = (n - 1)/n. A batch that a mask hides
+    wholly does not count.
+    """
+    num_batches = jnp.asarray(num_batches)
+    n = num_batches + jnp.any(stats.count > 0).astype(num_batches.dtype)
+    weight = jnp.maximum(n, 1).astype(stats.var.dtype)
+    return n, (weight - 1) / weight

@@ -6,6 +6,7 @@ from pathlib import Path
 import re
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import matplotlib.image
@@ -156,3 +157,26 @@ def test_help_documents_every_option(train_digits, capsys):
     shown = capsys.readouterr().out
     for option in "epochs", "batch-size", "learning-rate", "width", "seed", "out", "json":
         assert re.search(rf"--{option} \w+\s+\w+", shown), f"--{option} has no words"
+
+
+@pytest.mark.parametrize("name", ["haiku", "equinox"])
+def test_layers_for_other_frameworks_train_as_their_own(name, monkeypatch):
+    """The same losses, and the same predictions in evaluation."""
+    pytest.importorskip(name, reason=f"{name} is not installed")
+    monkeypatch.syspath_prepend(EXAMPLES)
+    example: Any = importlib.import_module("other_frameworks")
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        ours, own = example.compare(example.FRAMEWORKS[name][1])
+    assert ours.losses[-1] < 0.7 * ours.losses[0]
+    for a, b in zip(ours, own, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_layers_for_other_frameworks_say_what_is_missing(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    example: Any = importlib.import_module("other_frameworks")
+    monkeypatch.setattr(example.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit, match="none of the frameworks is here"):
+        example.main()
+    shown = capsys.readouterr().out
+    assert "pip install dm-haiku" in shown and "pip install equinox" in shown

@@ -72,6 +72,7 @@ LINEN = {
         OURS(True),
         (2, 3, 3, 4),
     ),
+    "frozen statistics": (nn.Dense(6), OURS(False, freeze_statistics=True), (2, 4)),
     "bfloat16 layer, float32 result": (
         nn.Dense(6, dtype=jnp.bfloat16, use_bias=False),
         OURS(True, dtype=jnp.float32),

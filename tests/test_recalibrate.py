@@ -197,6 +197,16 @@ def test_a_subclass_is_seen_where_it_calls_the_layer():
     assert_statistics({"mean": model.mean[...], "var": model.var[...]}, doubled)
 
 
+def test_frozen_statistics_stay():
+    """The second layer sees what the first makes of its running averages, 0 and 1: x itself."""
+    first, last = (jax_bn.nnx.BatchNorm(3, epsilon=0, rngs=nnx.Rngs(0)) for _ in range(2))
+    first.freeze_statistics = True
+    recalibrate_nnx(nnx.Sequential(first, last), BATCHES)
+    frozen, new = ({"mean": m.mean[...], "var": m.var[...]} for m in (first, last))
+    chex.assert_trees_all_equal(frozen, VARIABLES["batch_stats"])
+    assert_statistics(new, BATCHES)
+
+
 def test_each_batch_has_keys_of_its_own():
     """The layers' input is one drawn example a batch: the same keys would give a variance of 0."""
 

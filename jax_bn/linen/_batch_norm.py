@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jax_bn._batch_norm import batch_norm, normalize
 from jax_bn._shapes import feature_axes, flax_mask
-from jax_bn._statistics import update_running_stats
+from jax_bn._statistics import count_batch, update_running_stats
 
 
 class BatchNorm(nn.Module):
@@ -32,7 +32,9 @@ class BatchNorm(nn.Module):
     Attributes:
         use_running_average: evaluation if True; here or in the call, not both.
         axis: feature axis or axes.
-        momentum: weight of the old running average.
+        momentum: weight of the old running average. None, not in Flax: the averages are the plain
+            means of all batches so far, counted in `num_batches_tracked`; a feature that a mask
+            hides keeps its averages, but its batch counts unless it is hidden wholly.
         epsilon: added to the variance.
         dtype: of y; None for the widest of x, scale and bias.
         param_dtype: of scale and bias.
@@ -48,6 +50,8 @@ class BatchNorm(nn.Module):
             in the same sweep; see `jax_bn.batch_norm` for what is kept; keyword only, not in Flax.
         forward_mode: whether `jax.jvp` and `jax.jacfwd` must pass through the layer in training, as
             in `jax_bn.batch_norm`; keyword only, not in Flax.
+        unbiased: whether the running variance averages count/(count - 1) times the batch's, as in
+            PyTorch; training on one example is then an error; keyword only, not in Flax.
         freeze_statistics: normalize with the running averages, and leave them as they are, in
             training too, whatever `use_running_average` says; gradients of x, scale and bias go on.
             (To normalize with the batch and leave the averages: momentum=1.0.) Keyword only, not in
@@ -56,7 +60,8 @@ class BatchNorm(nn.Module):
             answer with weight decay; statistics go on. Keyword only, not in Flax.
 
     Variables: collection `batch_stats` with `mean` and `var`, params `scale` and `bias`, each of
-    the shape of the feature axes.
+    the shape of the feature axes; with `momentum=None` also `num_batches_tracked` in `batch_stats`,
+    one int32.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -71,7 +76,7 @@ class BatchNorm(nn.Module):
 
     use_running_average: bool | None = None
     axis: int | Sequence[int] = -1
-    momentum: float = 0.99
+    momentum: float | None = 0.99
     epsilon: float = 1e-5
     dtype: Any = None
     param_dtype: Any = jnp.float32
@@ -88,6 +93,7 @@ class BatchNorm(nn.Module):
         default=None, kw_only=True
     )
     forward_mode: bool = dataclasses.field(default=False, kw_only=True)
+    unbiased: bool = dataclasses.field(default=False, kw_only=True)
     freeze_statistics: bool = dataclasses.field(default=False, kw_only=True)
     freeze_affine: bool = dataclasses.field(default=False, kw_only=True)
 
@@ -145,6 +151,11 @@ def batch_normalized(
     stat_dtype = jnp.float32 if layer.force_float32_reductions else layer.param_dtype
     mean = layer.variable("batch_stats", "mean", jnp.zeros, shape, stat_dtype)
     var = layer.variable("batch_stats", "var", jnp.ones, shape, stat_dtype)
+    batches = (
+        layer.variable("batch_stats", "num_batches_tracked", jnp.zeros, (), jnp.int32)
+        if layer.momentum is None
+        else None
+    )
     in_training = own._in_training(mean, var, training)
     scale = (
         layer.param("scale", layer.scale_init, shape, layer.param_dtype)
@@ -178,7 +189,10 @@ def batch_normalized(
         **common,
     )
     if not initializing:
+        momentum: Any = layer.momentum
+        if batches is not None:
+            batches.value, momentum = count_batch(batches.value, stats)
         mean.value, var.value = update_running_stats(
-            mean.value, var.value, stats, momentum=layer.momentum
+            mean.value, var.value, stats, momentum=momentum, unbiased=own.unbiased
         )
     return y

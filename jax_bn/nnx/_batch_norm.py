@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jax_bn._batch_norm import batch_norm, normalize
 from jax_bn._shapes import feature_axes, flax_mask
-from jax_bn._statistics import update_running_stats
+from jax_bn._statistics import count_batch, update_running_stats
 
 
 class BatchNorm(nnx.Module):
@@ -33,7 +33,9 @@ class BatchNorm(nnx.Module):
         num_features: length of the feature axis.
         use_running_average: evaluation if True; the value in the call wins.
         axis: feature axis.
-        momentum: weight of the old running average.
+        momentum: weight of the old running average. None, not in Flax: the averages are the plain
+            means of all batches so far, counted in `num_batches_tracked`; a feature that a mask
+            hides keeps its averages, but its batch counts unless it is hidden wholly.
         epsilon: added to the variance.
         dtype: of y; None for the widest of x, float32 and the parameters.
         param_dtype: of scale and bias.
@@ -49,6 +51,8 @@ class BatchNorm(nnx.Module):
             in the same sweep; see `jax_bn.batch_norm` for what is kept; not in Flax.
         forward_mode: whether `jax.jvp` and `jax.jacfwd` must pass through the layer in training, as
             in `jax_bn.batch_norm`; not in Flax.
+        unbiased: whether the running variance averages count/(count - 1) times the batch's, as in
+            PyTorch; training on one example is then an error; not in Flax.
         freeze_statistics: normalize with the running averages, and leave them as they are, in
             training too, whatever `use_running_average` says; gradients of x, scale and bias go on.
             (To normalize with the batch and leave the averages: momentum=1.0.) Not in Flax.
@@ -57,7 +61,8 @@ class BatchNorm(nnx.Module):
             layers of a model: by its `set_attributes`, or by `nnx.view`.
 
     Variables: `mean` and `var` (`nnx.BatchStat`, float32), `scale` and `bias` (`nnx.Param` or
-    None), each of shape `(num_features,)`.
+    None), each of shape `(num_features,)`; with `momentum=None` also `num_batches_tracked`
+    (`nnx.BatchStat`, one int32).
 
     Example:
         >>> import jax.numpy as jnp
@@ -78,7 +83,7 @@ class BatchNorm(nnx.Module):
         *,
         use_running_average: bool | None = False,
         axis: int = -1,
-        momentum: float = 0.99,
+        momentum: float | None = 0.99,
         epsilon: float = 1e-5,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
@@ -96,6 +101,7 @@ class BatchNorm(nnx.Module):
         virtual_batch_size: int | None = None,
         activation: Callable[[jax.Array], jax.Array] | None = None,
         forward_mode: bool = False,
+        unbiased: bool = False,
         freeze_statistics: bool = False,
         freeze_affine: bool = False,
     ):
@@ -107,6 +113,8 @@ class BatchNorm(nnx.Module):
         shape = (num_features,)
         self.mean = nnx.BatchStat(jnp.zeros(shape, jnp.float32))
         self.var = nnx.BatchStat(jnp.ones(shape, jnp.float32))
+        if momentum is None:
+            self.num_batches_tracked = nnx.BatchStat(jnp.zeros((), jnp.int32))
         self.scale: nnx.Param[jax.Array] | None = (
             nnx.Param(scale_init(rngs.params(), shape, param_dtype), **scale_metadata)
             if use_scale
@@ -133,6 +141,7 @@ class BatchNorm(nnx.Module):
         self.virtual_batch_size = virtual_batch_size
         self.activation = activation
         self.forward_mode = forward_mode
+        self.unbiased = unbiased
         self.freeze_statistics = freeze_statistics
         self.freeze_affine = freeze_affine
 
@@ -196,9 +205,19 @@ class BatchNorm(nnx.Module):
             forward_mode=self.forward_mode,
             **common,
         )
+        momentum = self.momentum
+        if momentum is None:
+            if not hasattr(self, "num_batches_tracked"):
+                raise ValueError(
+                    "momentum=None was set after the layer was made, without a counter of batches; "
+                    "expected in the constructor"
+                )
+            self.num_batches_tracked[...], momentum = count_batch(
+                self.num_batches_tracked[...], stats
+            )
         # No gradient flows through the averages, as in Flax: a variable is no place for a tracer.
         self.mean[...], self.var[...] = jax.lax.stop_gradient(
-            update_running_stats(mean, var, stats, momentum=self.momentum)
+            update_running_stats(mean, var, stats, momentum=momentum, unbiased=self.unbiased)
         )
         return y
 

@@ -82,9 +82,9 @@ def restore_batch_norm(model: nnx.Pytree) -> dict[Path, nnx.BatchNorm]:
 
     Raises:
         TypeError, ValueError: as `replace_batch_norm`, with the classes exchanged.
-        ValueError: a layer has an `activation` or a `virtual_batch_size`, and would compute
-            something else without. No layer is changed then. `forward_mode`, which changes no
-            number, is dropped.
+        ValueError: a layer has momentum=None, or an attribute that Flax's has not, such as
+            `activation`, set to something that it would compute otherwise without. No layer is
+            changed then. `forward_mode`, which changes no number, is dropped.
 
     Precision, differentiability, sharding: from here on those of Flax.
 
@@ -92,6 +92,8 @@ def restore_batch_norm(model: nnx.Pytree) -> dict[Path, nnx.BatchNorm]:
     """
     layers = _layers(model, BatchNorm, target=nnx.BatchNorm)
     for path, layer in layers.items():
+        if layer.momentum is None:
+            raise ValueError(f"the layer at {path} has momentum=None; expected a number for Flax's")
         for name, default in OWN.items():
             if name != "forward_mode" and getattr(layer, name) != default:
                 raise ValueError(
