@@ -4,7 +4,7 @@ VENV ?= .venv
 WORKERS ?= 2  # pytest processes
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test aot lint clean
+.PHONY: demo test aot peers lint clean
 
 demo: $(VENV)/ready
 	$(RUN) examples/train_digits.py --out out/demo.png
@@ -20,6 +20,12 @@ test: $(VENV)/ready
 aot: $(VENV)-aot/ready
 	$(VENV)-aot/bin/python -m pytest tests/aot --need-compilers
 
+# Trains and converts beside PyTorch, Haiku, Equinox and published models. `make test` skips these.
+PEERS := $(VENV)-peers/bin/python
+peers: $(VENV)-peers/ready
+	$(PEERS) -m pytest -n $(WORKERS) tests/test_torch.py tests/test_replace_found.py
+	$(PEERS) -m pytest tests/test_examples.py -k frameworks
+
 lint: $(VENV)/ready
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -29,6 +35,15 @@ $(VENV)-aot/ready: $(VENV)/ready
 	$(PYTHON) -m venv $(VENV)-aot
 	$(VENV)-aot/bin/python -m pip install --quiet --upgrade pip
 	$(VENV)-aot/bin/python -m pip install --quiet --editable '.[aot]'
+	touch $@
+
+$(VENV)-peers/ready: $(VENV)/ready
+	$(PYTHON) -m venv $(VENV)-peers
+	$(PEERS) -m pip install --quiet --upgrade pip
+	$(PEERS) -m pip install --quiet --editable '.[peers]'
+	$(PEERS) -m pip install --quiet --retries 1 torch==2.13.0+cpu \
+	  --extra-index-url https://download.pytorch.org/whl/cpu
+	$(PEERS) -c 'import equinox, haiku, jax_resnet, torch'
 	touch $@
 
 $(VENV)/ready: pyproject.toml

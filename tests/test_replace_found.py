@@ -32,7 +32,7 @@ def promotion():
 
 def test_jax_resnet():
     """A Linen model, which trains where it may update `batch_stats`."""
-    found = pytest.importorskip("jax_resnet", reason="needs the extra models")
+    found = pytest.importorskip("jax_resnet", reason="needs the extra peers")
     sizes = dict(stage_sizes=(1,), hidden_sizes=(8,), n_classes=3)
     model = found.ResNet(found.ResNetBlock, **sizes)
     init = partial(model.init, jax.random.key(1), images())

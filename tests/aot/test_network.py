@@ -116,7 +116,8 @@ def test_no_convolution_is_computed_again(counted):
 
 
 def test_where_the_bytes_are(counted):
-    """What the convolutions move is the same whatever the layer."""
+    """The convolutions move as much whatever the layer is, and three eighths of all."""
     ours, flaxs = counted("fused"), counted("flax")
-    print(ours, flaxs)
-    assert ours.by_convolutions == pytest.approx(flaxs.by_convolutions, rel=0.01)
+    assert ours.by_convolutions == pytest.approx(flaxs.by_convolutions, rel=0.001)
+    assert ours.by_convolutions / ours.moved == pytest.approx(0.38, abs=0.01)
+    assert ours.moved - ours.by_convolutions <= 0.9 * (flaxs.moved - flaxs.by_convolutions)
