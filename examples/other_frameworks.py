@@ -1,4 +1,4 @@
-"""jax_bn in layers for Haiku and for Equinox, ten lines each, trained beside the frameworks' own.
+"""jax_bn in short layers for Haiku and for Equinox, trained beside the frameworks' own.
 
     python examples/other_frameworks.py
 

@@ -49,8 +49,11 @@ class Trace:
     `checkpoint_name`. The pair stands alone if the one mark is read by the other and nothing else.
     """
 
-    def __init__(self, arrays: Callable[[Any, Iterable[str]], dict[str, Any]]):
+    def __init__(
+        self, arrays: Callable[[Any, Iterable[str]], dict[str, Any]], own_code: Iterable[str] = ()
+    ):
         self.arrays = arrays
+        self.own_code = set(own_code)  # paths of normalizations that do more than their class does
         self.affines: dict[str, list[Call]] = defaultdict(list)
         self.norms: dict[str, list[Call]] = defaultdict(list)
         self.leaves: list[jax.Array] = []  # the model's arrays, as they are traced
@@ -147,6 +150,8 @@ class Trace:
                 )
             if calls[path][0].refusal:
                 return calls[path][0].refusal
+        if norm in self.own_code:
+            return f"{norm!r} is of a subclass with a __call__ of its own, which would be lost"
         if self.result_readers[affine] != [norm]:
             return (
                 f"the result of {affine!r} goes elsewhere than to {norm!r} alone, or the two are "

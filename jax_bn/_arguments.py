@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 from jax import lax
-from jax.core import Tracer
 import jax.numpy as jnp
 
 from jax_bn import _shapes
@@ -70,10 +69,10 @@ def elementwise(activation, dtype) -> None:
             f"activation={activation!r} cannot be applied to {dtype}[2,3]; expected an elementwise "
             "function, such as jax.nn.relu"
         ) from e
-    if any(isinstance(c, Tracer) for c in traced.consts):
+    if traced.consts:
         raise TypeError(
-            f"activation={activation!r} closes over an array that is being traced; expected a "
-            "function of its argument alone. Apply this one to y instead"
+            f"activation={activation!r} closes over an array, which would be read once and get no "
+            "gradient; expected a function of its argument alone. Apply this one to y instead"
         )
     if getattr(result, "shape", None) != probe.shape or result.dtype != dtype:
         raise ValueError(

@@ -64,8 +64,8 @@ def batch_norm(
         residual: added before the activation; of x's shape, any dtype (complex only if y is).
         activation: an elementwise function such as `jax.nn.relu`, `jax.nn.gelu` or
             `functools.partial(jax.nn.leaky_relu, negative_slope=0.1)`, made once (each new partial
-            is another function to JAX). Static, so it may not close over traced arrays. It is
-            applied in T, before y is rounded to `dtype`.
+            is another function to JAX). Static: it may not close over arrays, and numbers that it
+            closes over are read once. It is applied in T, before y is rounded to `dtype`.
         dtype: of y; None for x's own.
         forward_mode: take the rule that `jax.jvp` can use; see below.
 

@@ -135,8 +135,8 @@ def one_step(
         warmup = operator.index(warmup_steps)
     except TypeError as e:
         raise TypeError(f"warmup_steps={warmup_steps!r}; expected an int") from e
-    if warmup < 0:
-        raise ValueError(f"warmup_steps={warmup}; expected an int >= 0, 0 for no warm-up")
+    if not 0 <= warmup < 2**31:
+        raise ValueError(f"warmup_steps={warmup}; expected an int from 0, no warm-up, to 2**31 - 1")
 
     def at(name, bound, least):
         bound = _bound(name, bound(steps) if callable(bound) else bound, least)

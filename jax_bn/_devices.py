@@ -1,11 +1,14 @@
-"""Several devices: the only collectives, and along which device axes an array differs.
+"""Several devices: the only collectives, and how arrays are spread, by their types.
 
 Under `shard_map(check_vma=True)` JAX keeps track of that; in all other modes nothing is known to
 vary, and each device is on its own.
 """
 
+from typing import Any
+
 import jax
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec as P
 
 
 def psum(spec, tree):
@@ -43,6 +46,22 @@ def varying_as(v, *others):
     axes = frozenset().union(*(_varying(a) for a in others if a is not None))
     missing = axes - _varying(v)
     return lax.pcast(v, tuple(sorted(missing)), to="varying") if missing else v
+
+
+def placed_as(v, x) -> Any:
+    """v spread over explicit mesh axes as x is, along all axes that they share; transposed, back.
+
+    Under a mesh of automatic axes, or none, types say nothing of it, and nothing is done.
+    """
+    if v is None:
+        return None
+    here, there = jax.typeof(v).sharding, jax.typeof(x).sharding
+    axes = zip(there.spec, v.shape, x.shape, strict=True)
+    spec = P(*(axis if n == of_x else None for axis, n, of_x in axes))
+    if here.spec == spec:
+        return v
+    mesh = here.mesh if there.mesh.empty else there.mesh
+    return jax.sharding.reshard(v, NamedSharding(mesh, spec))
 
 
 def _varying(a) -> frozenset[str]:

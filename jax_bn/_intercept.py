@@ -6,13 +6,16 @@ returns y, and `call(*args, **kwargs)` is the layer itself. Watchers are given b
 arguments given there.
 """
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 import inspect
 import types
 from typing import Any
 
 from flax import linen as nn, nnx
+import jax
+
+from jax_bn.linen._replace import within
 
 Watchers = Mapping[type, Callable[..., Any]]
 
@@ -26,8 +29,18 @@ def trains(layer, use_running_average: bool | None) -> bool:
     return given is not None and not (given or getattr(layer, "freeze_statistics", False))
 
 
-def in_linen(watchers: Watchers) -> AbstractContextManager:
+# What a jit inside a Linen model has traced under some watchers is not for others.
+_watched_by = jax.make_user_context(default_value=None)
+
+
+@contextmanager
+def in_linen(watchers: Watchers) -> Iterator[None]:
     """A context in which the calls of Linen layers go through `watchers`."""
+    if within.value is not None:
+        raise RuntimeError(
+            "jax_bn.recalibrate and jax_bn.fold were called within replace_batch_norm; expected "
+            "outside of it: they take Flax's layers as they are"
+        )
     # Both the call of a subclass and its super().__call__ are intercepted: told apart by function.
     methods = {inspect.unwrap(cls.__call__): watcher for cls, watcher in watchers.items()}
 
@@ -37,7 +50,8 @@ def in_linen(watchers: Watchers) -> AbstractContextManager:
             return call(*args, **kwargs)
         return watcher(context.module, "/".join(context.module.path), call, *args, **kwargs)
 
-    return nn.intercept_methods(interceptor)
+    with _watched_by(tuple(methods.items())), nn.intercept_methods(interceptor):
+        yield
 
 
 def in_nnx(model: nnx.Module, watchers: Watchers) -> None:

@@ -6,6 +6,7 @@ Small arrays only, differentiated by JAX as they are written.
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 from jax import lax
@@ -13,6 +14,8 @@ from jax.core import Tracer
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 import numpy as np
+
+from jax_bn import _devices
 
 
 @jax.tree_util.register_dataclass
@@ -173,18 +176,22 @@ def update_running_stats(
             )
         batch_var, enough = batch_var * (count / jnp.maximum(count - 1, 1)), 1
 
-    def update(old, new, known):
-        with jax.numpy_dtype_promotion("standard"):  # asked for by name, so not implicit
-            wide = jnp.promote_types(old.dtype, new.dtype)
-        to = wide if jnp.iscomplexobj(new) else old.dtype
-        # A number's complement is rounded as a Python float, as in Flax; an array's in its dtype.
-        weight = momentum
-        if isinstance(momentum, jax.Array):
-            weight = momentum.astype(jnp.finfo(wide).dtype)
-        averaged = weight * old.astype(wide) + (1 - weight) * new.astype(wide)
-        return jnp.where(known, averaged.astype(to), old.astype(to))
+    # A number's complement is rounded as a Python float, as in Flax; an array's in its dtype.
+    if isinstance(momentum, jax.Array):
+        momentum = momentum.astype(jnp.finfo(stats.var.dtype).dtype)
+    averaged = partial(_averaged, weight=momentum, of_new=1 - momentum)
+    return averaged(mean, stats.mean, count > 0), averaged(var, batch_var, count > enough)
 
-    return update(mean, stats.mean, count > 0), update(var, batch_var, count > enough)
+
+@jax.jit
+def _averaged(old, new, known, *, weight, of_new) -> Any:
+    """weight*old + of_new*new in the dtype of old; old where nothing is known."""
+    new, known = (_devices.placed_as(v, old) for v in (new, known))
+    with jax.numpy_dtype_promotion("standard"):  # asked for by name, so not implicit
+        wide = jnp.promote_types(old.dtype, new.dtype)
+    to = wide if jnp.iscomplexobj(new) else old.dtype
+    averaged = weight * old.astype(wide) + of_new * new.astype(wide)
+    return jnp.where(known, averaged.astype(to), old.astype(to))
 
 
 def count_batch(num_batches: ArrayLike, stats: BatchStats) -> tuple[jax.Array, jax.Array]:

@@ -50,7 +50,9 @@ def batch_norm(spec: Spec, x, mask, affine, residual, epsilon):
     mean, var = shift + offset, m2 / jnp.maximum(count, 1)
     # A feature with nothing valid has no x_hat; rstd = 0 makes it 0, so that y = bias and dx = 0.
     rstd = jnp.where(count > 0, lax.rsqrt(var + epsilon), 0).astype(spec.stat_dtype)
-    scale, bias = affine(count, mean, var)
+    # A rule's cotangents lie as its arguments do, and what it computes lies as x does.
+    scale, bias = (_devices.placed_as(v, x) for v in affine(count, mean, var))
+    residual = _devices.placed_as(residual, x)
     residual = None if residual is None else _devices.varying_as(residual, x, scale, bias)
     rule = _jvp.normalize if spec.forward_mode else _normalize
     n, m, r = _residuals.named_statistics(lax.stop_gradient((count, mean, rstd)))

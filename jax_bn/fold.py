@@ -24,7 +24,9 @@ from jax_bn.nnx import BatchNorm as NNXBatchNorm
 LINEN, NNX = (LinenBatchNorm, nn.BatchNorm), (NNXBatchNorm, nnx.BatchNorm)
 LINEN_AFFINE = nn.Dense, nn.Conv, nn.ConvTranspose
 NNX_AFFINE = nnx.Linear, nnx.Conv, nnx.ConvTranspose
-FOLDED = "jax_bn_folded"  # attribute of an NNX layer that is to be replaced: the dtype of its y
+FOLDED = (
+    "jax_bn_folded"  # attribute of an NNX layer to be replaced: its path and the dtype of its y
+)
 
 
 def fold_linen(
@@ -182,7 +184,10 @@ def fold_nnx(
         found = {name: getattr(layer, name) for name in names}
         return {k: v.get_value() for k, v in found.items() if v is not None}
 
-    trace = Trace(arrays)
+    calls = {cls.__call__ for cls in NNX}
+    norms = {p: m for p, m in nnx.iter_modules(model, graph=True) if isinstance(m, NNX)}
+    own_code = [_path(p) for p, m in norms.items() if type(m).__call__ not in calls]
+    trace = Trace(arrays, own_code)
 
     def traced(state, *args):
         copy = nnx.merge(graphdef, state)
@@ -193,9 +198,7 @@ def fold_nnx(
     folds = trace.folds(traced, state, args, pairs)
     folded = nnx.clone(model)
     folded.eval()
-    layers: dict[str, Any] = {
-        "/".join(map(str, p)): m for p, m in nnx.iter_modules(folded, graph=True)
-    }
+    layers: dict[str, Any] = {_path(p): m for p, m in nnx.iter_modules(folded, graph=True)}
     for path, fold in folds.items():
         layer = layers[path]
         layer.kernel.set_value(fold.kernel)
@@ -203,31 +206,46 @@ def fold_nnx(
             layer.bias.set_value(fold.bias)
         else:
             layer.bias, layer.use_bias = nnx.Param(fold.bias), True
-        setattr(layers[fold.norm], FOLDED, fold.dtype)
+        setattr(layers[fold.norm], FOLDED, (fold.norm, fold.dtype))
 
     def replaced(path, node):
         if not hasattr(node, FOLDED):
             return node
-        return Folded(getattr(node, "activation", None), getattr(node, FOLDED))
+        return Folded(*getattr(node, FOLDED), activation=getattr(node, "activation", None))
 
     return nnx.recursive_map(replaced, folded, graph=True)
+
+
+def _path(keys) -> str:
+    return "/".join(map(str, keys))
 
 
 class Folded(nnx.Module):
     """What `fold_nnx` leaves of a batch normalization: y = activation(x + residual).
 
     Args:
-        activation: that of the layer, or None.
+        path: where the layer was, for errors.
         dtype: of y, which the layer had.
+        activation: that of the layer, or None.
     """
 
-    def __init__(self, activation: Callable[[jax.Array], jax.Array] | None, dtype: Any):
-        self.activation, self.dtype, self.use_running_average = activation, dtype, True
+    def __init__(self, path: str, dtype: Any, activation: Callable[[jax.Array], jax.Array] | None):
+        self.path, self.dtype, self.activation = path, dtype, activation
+        self.use_running_average = True
 
     def __call__(self, x, use_running_average=None, *, mask=None, residual=None):
         """As the layer that was folded, in evaluation."""
         training = _intercept.trains(self, use_running_average)
-        return _rest("", x, training, residual, self.activation, self.dtype)
+        return _rest(self.path, x, training, residual, self.activation, self.dtype)
+
+    def set_view(self, use_running_average: bool | None = None):
+        """Called by `nnx.view`.
+
+        Args:
+          use_running_average: training, if False, is an error of the next call.
+        """  # indented as `nnx.view_info` reads it
+        if use_running_average is not None:
+            self.use_running_average = use_running_average
 
 
 def _rest(path, x, training, residual, activation, dtype) -> jax.Array:

@@ -22,12 +22,14 @@ from jax_bn import _intercept
 from jax_bn._batch_norm import batch_norm
 from jax_bn._shapes import flax_mask
 from jax_bn._statistics import BatchStats, merge_stats
-from jax_bn.linen import BatchNorm as LinenBatchNorm
-from jax_bn.nnx import BatchNorm as NNXBatchNorm
+from jax_bn.linen import BatchNorm as LinenBatchNorm, BatchRenorm as LinenBatchRenorm
+from jax_bn.nnx import BatchNorm as NNXBatchNorm, BatchRenorm as NNXBatchRenorm
 
 # The variable in which a layer gathers statistics. It stands beside the running ones and is of
 # their kind, so what Flax's transforms do with those (scan, vmap, remat) they do with it.
 POPULATION = "jax_bn_population"
+# Of a `BatchRenorm`: still in its warm-up, it does not lead to the averages that are replaced.
+BEFORE_ALL = np.int32(-(2**31))
 LINEN, NNX = (LinenBatchNorm, nn.BatchNorm), (NNXBatchNorm, nnx.BatchNorm)
 
 
@@ -104,6 +106,8 @@ def recalibrate_linen(
     called: set[str] = set()
 
     def gather(layer, path, call, x, use_running_average=None, *, mask=None, **rest):
+        if isinstance(layer, LinenBatchRenorm) and layer.has_variable("batch_stats", "var"):
+            layer.put_variable("batch_stats", "steps", BEFORE_ALL)
         y = call(x, use_running_average, mask=mask, **rest)
         if not _intercept.trains(layer, use_running_average):
             return y
@@ -180,6 +184,8 @@ def recalibrate_nnx(
     graphdef, rngs, rest = nnx.split(model, nnx.RngState, ..., graph=True)
 
     def gather(layer, path, call, x, use_running_average=None, *, mask=None, **rest):
+        if isinstance(layer, NNXBatchRenorm):
+            layer.steps[...] = jnp.asarray(BEFORE_ALL)
         y = call(x, use_running_average, mask=mask, **rest)
         if _intercept.trains(layer, use_running_average):
             called.add(path)

@@ -288,7 +288,8 @@ def test_layers_warm_up_and_then_follow_their_schedules(new, args):
 def test_layers_refuse(new):
     for wrong, message in (
         (dict(r_max=0.5), "r_max=0.5"),
-        (dict(warmup_steps=-1), "warmup_steps=-1; expected an int >= 0"),
+        (dict(warmup_steps=-1), "warmup_steps=-1; expected an int from 0"),
+        (dict(warmup_steps=2**31), r"warmup_steps=2147483648; expected .* to 2\*\*31 - 1"),
     ):
         state, apply = new(**wrong)
         with pytest.raises(ValueError, match=message):

@@ -186,6 +186,18 @@ def test_nnx_refuses_what_it_does_not_prove(net, affine, norm, message):
         fold_nnx(net, X, pairs={"block/layers/0": "block/layers/1", affine: norm})
 
 
+class Doubled(jax_bn.nnx.BatchNorm):
+    def __call__(self, *args, **kwargs):
+        return 2 * super().__call__(*args, **kwargs)
+
+
+def test_nnx_refuses_code_that_would_be_lost():
+    rngs = nnx.Rngs(0)
+    model = nnx.Sequential(nnx.Linear(4, 4, rngs=rngs), Doubled(4, rngs=rngs))
+    with pytest.raises(ValueError, match="'layers/1' is of a subclass with a __call__ of its own"):
+        fold_nnx(model, np.ones((2, 4), np.float32))
+
+
 class Scanned(nn.Module):
     """Dense and normalization, in the form that nn.scan asks for."""
 

@@ -207,6 +207,9 @@ def test_y_is_kept_where_its_sign_is_enough():
 # ---- refused -------------------------------------------------------------------------------------
 
 
+SLOPE = jnp.ones((1, 1))
+
+
 def unhashable():
     """A function that JAX cannot find again."""
     made = type("Unhashable", (), {"__call__": lambda self, z: 2 * z, "__hash__": None})
@@ -223,6 +226,7 @@ def unhashable():
         ),
         (dict(residual=np.float32(1)), ValueError, r"residual has shape \(\); expected \(6, 4\)"),
         (dict(activation="relu"), TypeError, "activation='relu'; expected a hashable function"),
+        (dict(activation=lambda z: z * SLOPE), TypeError, "closes over an array, which would be"),
         (dict(activation=unhashable()), TypeError, "expected a hashable function"),
         (dict(activation=jnp.sum), ValueError, "activation maps float32.* expected the same shape"),
         (dict(activation=lambda z: z > 0), ValueError, "activation maps .* same shape and dtype"),

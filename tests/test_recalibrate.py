@@ -207,6 +207,46 @@ def test_frozen_statistics_stay():
     assert_statistics(new, BATCHES)
 
 
+@pytest.mark.parametrize("flax", ["linen", "nnx"])
+def test_batch_renorm_takes_the_batch_too(flax):
+    """It leads to the averages that are replaced: the second layer would see something else."""
+    if flax == "linen":
+        layers = [jax_bn.linen.BatchRenorm(False, epsilon=0.0, warmup_steps=0) for _ in range(2)]
+        model = nn.Sequential(layers)
+        variables = model.init(jax.random.key(0), BATCHES[0])
+        new = recalibrate_linen(model, variables, BATCHES[:1])["batch_stats"]
+        first, second = new["layers_0"], new["layers_1"]
+        assert second["steps"] == 0
+    else:
+        made = partial(jax_bn.nnx.BatchRenorm, 3, epsilon=0.0, warmup_steps=0, rngs=nnx.Rngs(0))
+        layers = made(), made()
+        recalibrate_nnx(nnx.Sequential(*layers), BATCHES[:1])
+        first, second = ({"mean": m.mean[...], "var": m.var[...]} for m in layers)
+        assert layers[1].steps[...] == 0
+    x = BATCHES[0]
+    assert_statistics({k: first[k] for k in ("mean", "var")}, [x])
+    x_hat = (x - x.mean(0)) / x.std(0)
+    assert_statistics({k: second[k] for k in ("mean", "var")}, [x_hat])
+
+
+def test_a_jitted_submodule_is_seen_again():
+    class Jitted(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.jit(jax_bn.linen.BatchNorm)(False, name="bn")(x)
+
+    variables = {k: {"bn": v} for k, v in VARIABLES.items()}
+    for x in BATCHES[:2]:
+        new = recalibrate_linen(Jitted(), variables, [x])["batch_stats"]["bn"]
+        assert_statistics(new, [x])
+
+
+def test_refused_within_replace_batch_norm():
+    with jax_bn.linen.replace_batch_norm():
+        with pytest.raises(RuntimeError, match="within replace_batch_norm; expected outside"):
+            recalibrate_linen(nn.BatchNorm(False), VARIABLES, BATCHES)
+
+
 def test_each_batch_has_keys_of_its_own():
     """The layers' input is one drawn example a batch: the same keys would give a variance of 0."""
 

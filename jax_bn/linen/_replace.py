@@ -12,7 +12,7 @@ from jax_bn.linen._batch_norm import BatchNorm, batch_normalized
 
 # `forward_mode` within the context, None outside. It is part of the key of JAX's caches, so that a
 # model that was traced outside is traced anew inside.
-_within = jax.make_user_context(default_value=None)
+within = jax.make_user_context(default_value=None)
 
 
 @contextmanager
@@ -63,10 +63,10 @@ def replace_batch_norm(*, forward_mode: bool = False) -> Iterator[list[tuple[str
         >>> replaced
         [('layers_1',)]
     """
-    if _within.value is not None:
+    if within.value is not None:
         raise RuntimeError(
             "replace_batch_norm is entered within another replace_batch_norm, with "
-            f"forward_mode={_within.value}; expected one at a time: leave that one first"
+            f"forward_mode={within.value}; expected one at a time: leave that one first"
         )
     own = BatchNorm(forward_mode=bool(forward_mode), parent=None)
     replaced: list[tuple[str, ...]] = []
@@ -86,7 +86,7 @@ def replace_batch_norm(*, forward_mode: bool = False) -> Iterator[list[tuple[str
             replaced.append(layer.path)
         return batch_normalized(layer, own, *args, **kwargs)
 
-    with _within(own.forward_mode), nn.intercept_methods(interceptor):
+    with within(own.forward_mode), nn.intercept_methods(interceptor):
         yield replaced
 
 

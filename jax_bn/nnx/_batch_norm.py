@@ -60,6 +60,9 @@ class BatchNorm(nnx.Module):
             answer with weight decay; statistics go on. Not in Flax. Both can be set later, for all
             layers of a model: by its `set_attributes`, or by `nnx.view`.
 
+    Of a complex mean the running average takes the real part alone, with JAX's warning, as in Flax:
+    for complex x use the Linen layer or the function.
+
     Variables: `mean` and `var` (`nnx.BatchStat`, float32), `scale` and `bias` (`nnx.Param` or
     None), each of shape `(num_features,)`; with `momentum=None` also `num_batches_tracked`
     (`nnx.BatchStat`, one int32).

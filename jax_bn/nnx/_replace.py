@@ -122,9 +122,9 @@ def _layers(model: Any, source: type[Layer], target: type[nnx.Module]) -> dict[P
             raise TypeError(
                 f"the layer at {path} is of class {type(node).__qualname__}, a subclass of "
                 f"{_name(source)} whose own code would be lost; expected {_name(source)} itself: "
-                f"derive the class from {_name(target)}, which takes the same arguments"
+                f"put a layer of {_name(target)} or of a class derived from it in its place"
             )
-    if not any(type(node) in (source, target) for node in nodes.values()):
+    if not any(isinstance(node, (source, target)) for node in nodes.values()):
         raise ValueError(
             f"model is of class {type(model).__qualname__} and has no batch normalization that NNX "
             f"finds; expected a {_name(source)} among nnx.iter_modules(model): a layer that only a "

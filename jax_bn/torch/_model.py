@@ -146,7 +146,7 @@ def _nodes(variables, path: str) -> dict[tuple[Any, ...], Mapping[str, Any]]:
                 break
             keys, node = (*keys, same[0]), node[same[0]]
         if len(keys) == len(root + parts) and isinstance(node, Mapping):
-            nodes[keys] = node
+            nodes[keys] = {k: v for k, v in node.items() if k != "steps"}  # those of `BatchRenorm`
     found = {n: v for node in nodes.values() for n, v in node.items()}
     if not {"mean", "var"} <= found.keys() <= set(NAMES):
         raise ValueError(

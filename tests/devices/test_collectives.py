@@ -5,6 +5,7 @@ Flax's layer stands beside: one collective less in the forward pass, with sums o
 
 from functools import partial
 
+import chex
 import flax.linen
 import jax
 import jax.numpy as jnp
@@ -45,6 +46,27 @@ def of_flax(x, scale, bias, mask=None, axis_name=None):
 def of_ours(x, scale, bias, mask=None, axis_name=None):
     y, stats = jax_bn.batch_norm(x, scale, bias, mask=mask, axis_name=axis_name)
     return y, stats.mean
+
+
+@pytest.mark.parametrize("options", [{}, dict(forward_mode=True), dict(activation=jax.nn.silu)])
+def test_features_over_an_explicit_mesh(options, x, scale, devices):
+    """Parameters and averages are whole, as initializers make them; and so are their gradients."""
+    mesh = jax.make_mesh((8,), ("model",), (AxisType.Explicit,), devices=devices)
+
+    def gradients(x, residual, scale):
+        def loss(x, residual, scale):
+            y, stats = jax_bn.batch_norm(x, scale, scale, residual=residual, **options)
+            mean, var = jax_bn.update_running_stats(scale, scale, stats)
+            assert jax.typeof(mean).sharding.spec == jax.typeof(scale).sharding.spec
+            return jnp.sum(jnp.sin(y)), (mean, var)
+
+        return jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(x, residual, scale)
+
+    whole = gradients(x, x, scale)
+    with jax.set_mesh(mesh):
+        spread = jax.device_put(x, NamedSharding(mesh, P(None, None, "model")))
+        by_features = jax.jit(gradients)(spread, x, scale)
+    chex.assert_trees_all_close(by_features, whole, rtol=1e-4, atol=1e-4)
 
 
 def forward(f, x, scale, mask=None):
