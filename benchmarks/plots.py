@@ -66,7 +66,7 @@ def _bars(result: dict) -> Figure | None:
         axes.set_yscale("log", base=2)
         axes.yaxis.set_major_formatter("{x:g}")
         labels = [f"{size(shape)}\n{dtype}" for shape, dtype in groups]
-        axes.set_xticks([g + 0.45 for g in range(len(labels))], labels, fontsize=7)
+        axes.set_xticks([g + 0.45 for g in range(len(labels))], labels, fontsize=6)
         axes.set(title=TITLES[measure], ylabel=f"time over {FLAX}")
         if names:
             axes.legend(fontsize=7, ncols=2, loc="upper left", bbox_to_anchor=(1, 1))

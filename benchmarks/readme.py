@@ -73,9 +73,12 @@ def _wins_and_losses(result: dict) -> str:
                     by = a["median"] / b["median"]
                     found = tally.setdefault((ours, other), ([], [], []))
                     found[which].append(f"{measure} {size(shape)} {dtype} ({by:.2f})")
-    lines = [[*pair, *map(_worst_first, found)] for pair, found in sorted(tally.items())]
-    header = ("", "against", "wins", "alike, within the spread", "losses")
-    return "Each shape of each measure, and time over the other's:\n\n" + table(header, lines)
+    lines = [
+        [*pair, str(len(won)), str(len(alike)), _worst_first(lost)]
+        for pair, (won, alike, lost) in sorted(tally.items())
+    ]
+    header = ("", "against", "wins", "alike, within the spread", "losses, time over theirs")
+    return "Of all measures and shapes:\n\n" + table(header, lines)
 
 
 def _worst_first(found: Iterable[str]) -> str:
