@@ -21,7 +21,7 @@ def attempt(name: str, failed: dict[str, str]) -> Iterator[None]:
     """Something that the implementation `name` does; if it cannot, `failed` says why."""
     try:
         yield
-    except Exception as e:
+    except Exception as e:  # whatever another library raises
         if name in (OURS, FUSED):
             raise
         failed[name] = reason(e)

@@ -121,9 +121,7 @@ def grad_input(dy, kept: Kept, sums, *, activation=None, dtype):
     dz = dz.astype(kept.mean.dtype)
     mean_dx_hat = sums[0] / n.astype(dz.dtype)
     slope = kept.rstd * (jnp.real(sums[1]) / n).astype(dz.dtype)
-    # Of one example dx_hat - sum(dx_hat) is 0, but compiled with a multiply-add it is a rounding.
-    rstd = jnp.where(kept.count == 1, 0, kept.rstd)
-    dx = rstd * (_times(dz, kept.scale) - mean_dx_hat - slope * jnp.conj(centred(kept)))
+    dx = kept.rstd * (_times(dz, kept.scale) - mean_dx_hat - slope * jnp.conj(centred(kept)))
     return _select(kept.mask, dx).astype(dtype), dz
 
 

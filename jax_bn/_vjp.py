@@ -48,8 +48,8 @@ def batch_norm(spec: Spec, x, mask, affine, residual, epsilon):
         total = partial(_devices.psum, spec)
         count, shift, offset, m2 = _statistics.merge_moments(count, shift, offset, m2, total)
     mean, var = shift + offset, m2 / jnp.maximum(count, 1)
-    # A feature with nothing valid has no x_hat; rstd = 0 makes it 0, so that y = bias and dx = 0.
-    rstd = jnp.where(count > 0, lax.rsqrt(var + epsilon), 0).astype(spec.stat_dtype)
+    # One example, or none, has no x_hat: rstd = 0 makes it 0, so that y = bias and dx = 0, exactly.
+    rstd = jnp.where(count > 1, lax.rsqrt(var + epsilon), 0).astype(spec.stat_dtype)
     # A rule's cotangents lie as its arguments do, and what it computes lies as x does.
     scale, bias = (_devices.placed_as(v, x) for v in affine(count, mean, var))
     residual = _devices.placed_as(residual, x)

@@ -162,7 +162,7 @@ def test_help_documents_every_option(train_digits, capsys):
 @pytest.mark.parametrize("name", ["haiku", "equinox"])
 def test_layers_for_other_frameworks_train_as_their_own(name, monkeypatch):
     """The same losses, and the same predictions in evaluation."""
-    pytest.importorskip(name, reason=f"{name} is not installed")
+    pytest.importorskip(name, reason=f"{name} is not installed: make peers")
     monkeypatch.syspath_prepend(EXAMPLES)
     example: Any = importlib.import_module("other_frameworks")
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):

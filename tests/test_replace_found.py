@@ -1,6 +1,6 @@
 """replace_batch_norm on models that others have published, as they install from PyPI.
 
-`pip install jax_bn[models]` brings those whose requirements fit ours. jaxnn asks for certain
+`make peers` brings those whose requirements fit ours. jaxnn asks for certain
 versions of JAX and Flax, but works with later ones: `pip install --no-deps jaxnn==0.1.1 pillow`, on
 Python 3.12.
 """
@@ -32,7 +32,7 @@ def promotion():
 
 def test_jax_resnet():
     """A Linen model, which trains where it may update `batch_stats`."""
-    found = pytest.importorskip("jax_resnet", reason="needs the extra peers")
+    found = pytest.importorskip("jax_resnet", reason="not installed: make peers")
     sizes = dict(stage_sizes=(1,), hidden_sizes=(8,), n_classes=3)
     model = found.ResNet(found.ResNetBlock, **sizes)
     init = partial(model.init, jax.random.key(1), images())

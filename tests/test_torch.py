@@ -29,7 +29,7 @@ COUNTER = "num_batches_tracked"
 
 @pytest.fixture(scope="module")
 def torch():
-    torch = pytest.importorskip("torch", reason="PyTorch is not installed")
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed: make peers")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # several only wait for each other on such small arrays
     yield torch

@@ -16,7 +16,9 @@ def pytest_addoption(parser):
 
 def needs_compiler(target, request):
     if reason := missing_compiler(target):
-        (pytest.fail if request.config.getoption("--need-compilers") else pytest.skip)(reason)
+        if request.config.getoption("--need-compilers"):
+            pytest.fail(reason)
+        pytest.skip(reason)
 
 
 @pytest.fixture(scope="session")
