@@ -75,7 +75,7 @@ def arrays(masked=False, devices=8):
 
 def compare(of, *args, examples):
     """`of` builds the mapped function for one implementation."""
-    ours, plain = of(OURS), of(DEFINITION)
+    ours, plain = jax.jit(of(OURS)), jax.jit(of(DEFINITION))
     assert_as_accurate(ours(*args), plain(*args), in_float64(plain, *args), examples)
 
 
@@ -399,7 +399,8 @@ def test_virtual_batches_across_devices(mode, order, devices):
     params = x, scale, bias
     definition = jax.jit(derivative(plain))
     oracle = in_float64(definition, params)
-    assert_as_accurate(derivative(ours)(params), definition(params), oracle, examples=N * 8)
+    actual = jax.jit(derivative(ours))(params)
+    assert_as_accurate(actual, definition(params), oracle, examples=N * 8)
 
 
 @pytest.mark.parametrize("axis_name", [None, "i"])
