@@ -4,7 +4,7 @@ VENV ?= .venv
 WORKERS ?= 2  # pytest processes
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test aot peers lint clean
+.PHONY: demo test aot peers kill lint clean
 
 demo: $(VENV)/ready
 	$(RUN) examples/train_digits.py --out out/demo.png
@@ -25,6 +25,11 @@ PEERS := $(VENV)-peers/bin/python
 peers: $(VENV)-peers/ready
 	$(PEERS) -m pytest -n $(WORKERS) tests/test_torch.py tests/test_replace_found.py
 	$(PEERS) -m pytest tests/test_examples.py -k frameworks
+
+# Kills each training example twenty times at random moments, and compares with a run left alone.
+kill: $(VENV)/ready
+	$(RUN) examples/kill_and_resume.py --example gan_r1
+	$(RUN) examples/kill_and_resume.py --example train_resnet
 
 lint: $(VENV)/ready
 	$(RUN) -m ruff check .
