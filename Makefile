@@ -13,6 +13,7 @@ demo: $(VENV)/ready
 test: $(VENV)/ready
 	$(RUN) -m pytest -n $(WORKERS) tests
 	$(RUN) -m pytest -n $(WORKERS) tests/devices
+	$(RUN) -m pytest tests/kernels
 	$(RUN) -m pytest --doctest-modules jax_bn
 
 # Counts memory traffic on an H200 and on TPUs, with their compilers, which need no such device but

@@ -55,12 +55,22 @@ def compile_for_h200(f: Callable, *shapes, devices: int = 1) -> jax.stages.Compi
     `shapes`: f's arguments, as trees of `jax.ShapeDtypeStruct`. For several devices those of more
     than one axis are split along the first.
     """
-    there = topologies.get_topology_desc(
-        platform="cuda", topology=f"1x{devices}x1", target_config=_H200
+    with seen_by_pallas():
+        return _compile(f, described_h200s(devices), shapes)
+
+
+def described_h200s(n: int) -> list:
+    """Devices to compile for, which need not be there."""
+    described = topologies.get_topology_desc(
+        platform="cuda", topology=f"1x{n}x1", target_config=_H200
     )
-    device = jax.sharding.AbstractDevice("NVIDIA H200", 132, "gpu")  # Pallas asks for its name
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
-        return _compile(f, there.devices, shapes)
+    return described.devices
+
+
+def seen_by_pallas():
+    """A context in which Pallas, which asks for the name of the device, finds an H200."""
+    device = jax.sharding.AbstractDevice("NVIDIA H200", 132, "gpu")
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device))
 
 
 def compile_for_tpu(f: Callable, topology: str, *shapes) -> jax.stages.Compiled:

@@ -31,6 +31,7 @@ def batch_norm(
     activation: Callable[[jax.Array], jax.Array] | None = None,
     dtype: DTypeLike | None = None,
     forward_mode: bool = False,
+    implementation: str | None = None,
 ) -> tuple[jax.Array, BatchStats]:
     """Normalizes each feature of x with its statistics over the batch; backward in closed form.
 
@@ -68,6 +69,8 @@ def batch_norm(
             closes over are read once. It is applied in T, before y is rounded to `dtype`.
         dtype: of y; None for x's own.
         forward_mode: take the rule that `jax.jvp` can use; see below.
+        implementation: "xla", or "mosaic_gpu": hand-written kernels for Hopper GPUs, see below.
+            None takes XLA's, on every device.
 
     Returns:
         `(y, stats)`: y has the shape of x; `stats` is a `BatchStats` with the shape of the feature
@@ -78,11 +81,13 @@ def batch_norm(
             to reduce, a negative epsilon, a `dtype` that is not inexact or would drop the imaginary
             part of y, a mask that does not broadcast, a residual of another shape, an
             activation that changes the shape or the dtype, an `axis_name` that is not bound, groups
-            without an `axis_name`, a virtual batch size that does not divide the batch.
+            without an `axis_name`, a virtual batch size that does not divide the batch, an unknown
+            `implementation`.
         TypeError: an axis or a virtual batch size that is no integer, an epsilon that is no number
             known while tracing, a mask of floats, keys or strings for x, an activation that is no
             function or closes over traced arrays.
-        NotImplementedError: `axis_index_groups` where JAX has none.
+        NotImplementedError: `axis_index_groups` where JAX has none; an `implementation` that cannot
+            run this call here: nothing else is run in its place.
 
     One example a feature (N = 1) is legal and teaches nothing: x_hat = 0, so y = bias and dx = 0.
 
@@ -121,6 +126,15 @@ def batch_norm(
     `shard_map(check_vma=False)` dscale and dbias are each device's own share, to be summed by the
     caller as ever; under `check_vma=True` they are summed already where scale and bias are shared.
 
+    `implementation="mosaic_gpu"` wants jax 0.11, a GPU of compute capability 9.0, the features on
+    the last axis, bfloat16, float16 or float32 for x, y and residual alike, a number of features
+    that divides 256 or is a multiple of it up to 8192, a number of examples divisible by 4 (2 in
+    float32), times 256/features where there are fewer; relu, leaky_relu or no activation, no mask.
+    First derivatives are its own, higher ones and tangents XLA's. It runs on one device, under
+    `vmap`, and under `shard_map(check_vma=False)`; `check_vma=True`, and a program that the
+    compiler partitions, are refused. It has been compiled for an H200 and interpreted, and not yet
+    run or timed on a GPU.
+
     Source: "Deriving Batch-Norm Backprop Equations"; Ioffe and Szegedy 2015 for the layer; Chan,
     Golub and LeVeque 1983 for the variance.
 
@@ -149,6 +163,7 @@ def batch_norm(
         activation=activation,
         dtype=dtype,
         forward_mode=forward_mode,
+        implementation=implementation,
     )
 
 

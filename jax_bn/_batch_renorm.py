@@ -40,6 +40,7 @@ def batch_renorm(
     activation: Callable[[jax.Array], jax.Array] | None = None,
     dtype: DTypeLike | None = None,
     forward_mode: bool = False,
+    implementation: str | None = None,
 ) -> tuple[jax.Array, BatchStats]:
     """Batch normalization whose result is that of evaluation, within bounds; closed-form backward.
 
@@ -120,6 +121,7 @@ def batch_renorm(
         activation=activation,
         dtype=dtype,
         forward_mode=forward_mode,
+        implementation=implementation,
     )
 
 

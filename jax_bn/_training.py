@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_bn import _arguments, _shapes, _vjp
+from jax_bn import _arguments, _implementation, _shapes, _vjp
 from jax_bn._statistics import BatchStats, merge_stacked
 
 
@@ -38,6 +38,7 @@ def in_training(
     activation,
     dtype,
     forward_mode,
+    implementation,
 ) -> tuple[jax.Array, BatchStats]:
     """`batch_norm`, with the scale and the bias of x_hat as `affine` makes them of the statistics.
 
@@ -45,6 +46,7 @@ def in_training(
 
     `running`: None, or the mean and the variance of earlier batches, for `affine`.
     """
+    implementation = _implementation.checked(implementation)
     x = _arguments.inexact("x", x)
     features = _shapes.feature_axes(axis, x.ndim)
     reduced = _shapes.reduced_axes(features, x.ndim)
@@ -72,7 +74,18 @@ def in_training(
         return affine(scale, bias, BatchStats(mean, var, count), *running)
 
     def one_batch(x, mask, residual):
-        y, count, mean, var = _vjp.batch_norm(spec, x, mask, affine_of, residual, epsilon)
+        stages = _implementation.stages(
+            implementation,
+            x,
+            mask,
+            residual,
+            axes=reduced,
+            activation=activation,
+            dtype=stat_dtype,
+            y_dtype=y_dtype,
+        )
+        here = spec._replace(stages=stages)
+        y, count, mean, var = _vjp.batch_norm(here, x, mask, affine_of, residual, epsilon)
         count = jnp.broadcast_to(count, mean.shape)
         return y, BatchStats(*(jnp.squeeze(v, reduced) for v in (mean, var, count)))
 

@@ -24,11 +24,16 @@ MAY_IMPORT = {  # of this package; downward only
     "nnx._batch_norm": {"_batch_norm", "_shapes", "_statistics"},
     "_batch_norm": {"_arguments", "_residuals", "_shapes", "_stages", "_statistics", "_training"},
     "_batch_renorm": {"_arguments", "_residuals", "_statistics", "_training"},
-    "_training": {"_arguments", "_shapes", "_statistics", "_vjp"},
+    "_training": {"_arguments", "_implementation", "_shapes", "_statistics", "_vjp"},
     "torch": {"torch._layer", "torch._model"},
     "torch._model": {"torch._layer"},
     "torch._layer": set(),
     "_arguments": {"_activations", "_shapes"},
+    "_implementation": {"_devices", "_stages", "kernels._one_device", "kernels.mosaic_gpu"},
+    "kernels._one_device": set(),
+    "kernels": set(),
+    "kernels.mosaic_gpu": {"_activations", "_shapes", "_stages", "kernels._stream"},
+    "kernels._stream": set(),
     "_vjp": {"_activations", "_devices", "_jvp", "_residuals", "_stages", "_statistics"},
     "_jvp": {"_compiler", "_devices", "_residuals", "_stages"},
     "_devices": set(),
@@ -73,6 +78,8 @@ def test_imports_point_downward():
         ours = {m.removeprefix("jax_bn.") for m in found if m.startswith("jax_bn.")}
         too_many = (ours & modules.keys()) - MAY_IMPORT[name]
         assert not too_many, f"{name} imports {too_many}"
+        uses_pallas = any("pallas" in m for m in found)
+        assert uses_pallas <= name.startswith("kernels."), f"{name} imports pallas"
         uses_flax = any(m.split(".")[0] == "flax" for m in found)
         assert uses_flax <= (name in MAY_IMPORT_FLAX), f"{name} imports flax"
 

@@ -98,7 +98,7 @@ def test_variables_are_those_of_flax(use_scale, use_bias):
         return list(vars(layer)), named, rngs.params.count[...]
 
     (ours, own, drawn), (flax, expected, expected_drawn) = made(OURS), made(FLAX)
-    added = ["virtual_batch_size", "activation", "forward_mode"]
+    added = ["virtual_batch_size", "activation", "forward_mode", "implementation"]
     added += ["unbiased", "freeze_statistics", "freeze_affine"]
     assert ours == [*flax, *added]  # all attributes, in order of creation
     assert drawn == expected_drawn

@@ -50,6 +50,8 @@ class BatchNorm(nn.Module):
             in the same sweep; see `jax_bn.batch_norm` for what is kept; keyword only, not in Flax.
         forward_mode: whether `jax.jvp` and `jax.jacfwd` must pass through the layer in training, as
             in `jax_bn.batch_norm`; keyword only, not in Flax.
+        implementation: what runs in training, as in `jax_bn.batch_norm`; evaluation is XLA's, and
+            so is initializing; keyword only, not in Flax.
         unbiased: whether the running variance averages count/(count - 1) times the batch's, as in
             PyTorch; training on one example is then an error; keyword only, not in Flax.
         freeze_statistics: normalize with the running averages, and leave them as they are, in
@@ -93,6 +95,7 @@ class BatchNorm(nn.Module):
         default=None, kw_only=True
     )
     forward_mode: bool = dataclasses.field(default=False, kw_only=True)
+    implementation: str | None = dataclasses.field(default=None, kw_only=True)
     unbiased: bool = dataclasses.field(default=False, kw_only=True)
     freeze_statistics: bool = dataclasses.field(default=False, kw_only=True)
     freeze_affine: bool = dataclasses.field(default=False, kw_only=True)
@@ -186,6 +189,7 @@ def batch_normalized(
         axis_index_groups=None if initializing else layer.axis_index_groups,
         virtual_batch_size=None if initializing else own.virtual_batch_size,
         forward_mode=own.forward_mode,
+        implementation=None if initializing else own.implementation,
         **common,
     )
     if not initializing:

@@ -51,6 +51,8 @@ class BatchNorm(nnx.Module):
             in the same sweep; see `jax_bn.batch_norm` for what is kept; not in Flax.
         forward_mode: whether `jax.jvp` and `jax.jacfwd` must pass through the layer in training, as
             in `jax_bn.batch_norm`; not in Flax.
+        implementation: what runs in training, as in `jax_bn.batch_norm`; evaluation is XLA's; not
+            in Flax.
         unbiased: whether the running variance averages count/(count - 1) times the batch's, as in
             PyTorch; training on one example is then an error; not in Flax.
         freeze_statistics: normalize with the running averages, and leave them as they are, in
@@ -104,6 +106,7 @@ class BatchNorm(nnx.Module):
         virtual_batch_size: int | None = None,
         activation: Callable[[jax.Array], jax.Array] | None = None,
         forward_mode: bool = False,
+        implementation: str | None = None,
         unbiased: bool = False,
         freeze_statistics: bool = False,
         freeze_affine: bool = False,
@@ -144,6 +147,7 @@ class BatchNorm(nnx.Module):
         self.virtual_batch_size = virtual_batch_size
         self.activation = activation
         self.forward_mode = forward_mode
+        self.implementation = implementation
         self.unbiased = unbiased
         self.freeze_statistics = freeze_statistics
         self.freeze_affine = freeze_affine
@@ -206,6 +210,7 @@ class BatchNorm(nnx.Module):
             axis_index_groups=self.axis_index_groups,
             virtual_batch_size=self.virtual_batch_size,
             forward_mode=self.forward_mode,
+            implementation=self.implementation,
             **common,
         )
         momentum = self.momentum

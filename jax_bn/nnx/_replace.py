@@ -84,7 +84,7 @@ def restore_batch_norm(model: nnx.Pytree) -> dict[Path, nnx.BatchNorm]:
         TypeError, ValueError: as `replace_batch_norm`, with the classes exchanged.
         ValueError: a layer has momentum=None, or an attribute that Flax's has not, such as
             `activation`, set to something that it would compute otherwise without. No layer is
-            changed then. `forward_mode`, which changes no number, is dropped.
+            changed then. `forward_mode` and `implementation`, which change no number, are dropped.
 
     Precision, differentiability, sharding: from here on those of Flax.
 
@@ -95,7 +95,7 @@ def restore_batch_norm(model: nnx.Pytree) -> dict[Path, nnx.BatchNorm]:
         if layer.momentum is None:
             raise ValueError(f"the layer at {path} has momentum=None; expected a number for Flax's")
         for name, default in OWN.items():
-            if name != "forward_mode" and getattr(layer, name) != default:
+            if name not in ("forward_mode", "implementation") and getattr(layer, name) != default:
                 raise ValueError(
                     f"the layer at {path} has {name}={getattr(layer, name)}, which "
                     f"flax.nnx.BatchNorm has not; expected {default}: set it so, and let the model "

@@ -1,0 +1,78 @@
+"""Which stages run: a name -> `Stages`, and why one is refused.
+
+Each backend is imported when it is asked for by name. Here its stages get what all of them need:
+one program for each shape, a refusal where a compiler would have to partition them, and derivatives
+of their own, those of the XLA stages, so that a second derivative never has to look into a kernel.
+"""
+
+from functools import cache, partial
+from typing import Any
+
+import jax
+
+from jax_bn import _devices, _stages
+from jax_bn._stages import Stages
+
+NAMES = ("xla", "mosaic_gpu")
+OLDEST_JAX = (0, 11)  # with Mosaic GPU's interpreter and `out_type`
+STATIC = (  # arguments of each of the four
+    ("axes", "dtype"),
+    ("activation", "dtype"),
+    ("activation", "axes"),
+    ("activation", "dtype"),
+)
+
+
+def checked(name: Any) -> str:
+    """The name of an implementation; None is XLA's, which alone has been timed."""
+    if name is None:
+        return "xla"
+    if name not in NAMES:
+        raise ValueError(f"implementation={name!r}; expected None or one of {NAMES}")
+    return name
+
+
+def stages(name: str, x, mask, residual, **options) -> Stages:
+    """The stages of that name; `options` are the static ones of the call.
+
+    Raises NotImplementedError with the reason where they cannot run it.
+    """
+    if name == "xla":
+        return _stages.XLA
+    if jax.__version_info__ < OLDEST_JAX:
+        why = f"jax is {jax.__version__}; expected 0.11 or later"
+    elif _devices._varying(x):
+        why = (
+            f"x varies along {sorted(_devices._varying(x))} by its type, which a kernel's results "
+            "have not; expected shard_map(check_vma=False)"
+        )
+    else:
+        import jax_bn.kernels.mosaic_gpu as mosaic_gpu
+
+        why = mosaic_gpu.why_not_here() or mosaic_gpu.why_not(x, mask, residual, **options)
+        if why is None:
+            return _wrapped(mosaic_gpu.STAGES)
+    raise NotImplementedError(f'implementation="{name}": {why}. implementation=None runs it')
+
+
+@cache
+def _wrapped(kernels: Stages) -> Stages:
+    """The stages of kernels; always the same functions, since JAX keeps programs by these."""
+    return Stages(*map(_stage, kernels, _stages.XLA, STATIC))
+
+
+def _stage(kernel, definition, static):
+    import jax_bn.kernels._one_device as _one_device
+
+    def stage(first, *args, **options):
+        @jax.custom_jvp
+        def run(first, *args):
+            return kernel(_one_device.on_one_device(first), *args, **options)
+
+        @run.defjvp
+        def _(primals, tangents):
+            return jax.jvp(partial(definition, **options), primals, tangents)
+
+        return run(first, *args)
+
+    return jax.jit(stage, static_argnames=static)

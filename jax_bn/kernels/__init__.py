@@ -1,0 +1,1 @@
+"""Hand-written stages, one file for each way of lowering them; imported by `_implementation`."""

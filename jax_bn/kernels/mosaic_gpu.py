@@ -1,0 +1,180 @@
+"""The four stages for Hopper GPUs, each of them one kernel (Pallas Mosaic GPU).
+
+Knows arrays, as `_stages` does, which defines what every function here has to compute; nothing of
+derivatives or devices. How a kernel moves data is in `_stream`; `why_not` says what none can run.
+
+The second sweep of each pass, `bn_normalize` and `bn_grad_input`, walks x backwards: what the first
+sweep read last is what is still in the L2 cache. Sums run over x - shift and its square, as in
+`_stages.moments`; all arithmetic is in float32, and x is centred before it is scaled.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax._src import config  # JAX does not say otherwise whether its interpreter is on
+import jax.numpy as jnp
+
+from jax_bn import _activations, _shapes, _stages
+from jax_bn._stages import Kept, Stages
+from jax_bn.kernels._stream import stream, tiling
+
+Axes = tuple[int, ...]
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def why_not_here() -> str | None:
+    """Why there is no device for these kernels; None where one is, or the interpreter stands in."""
+    if config.pallas_tpu_interpret_mode_context_manager.value is not None:  # of all of Pallas
+        return None
+    compiled_for = jax.sharding.get_abstract_mesh().abstract_device  # a device that is not here
+    if compiled_for is not None and compiled_for.platform == "gpu":
+        return None
+    if jax.default_backend() != "gpu":
+        return f"the device is a {jax.default_backend()}; expected an NVIDIA GPU, Hopper or later"
+    capability = float(getattr(jax.local_devices()[0], "compute_capability", 0))
+    if capability < 9:
+        return f"the GPU has compute capability {capability}; expected 9.0 (Hopper) or later"
+    return None
+
+
+def why_not(x, mask, residual, *, axes: Axes, activation, dtype, y_dtype) -> str | None:
+    """Why these kernels cannot run this; None where they can."""
+    if mask is not None:
+        return "mask is given; expected None"
+    if axes != tuple(range(x.ndim - 1)) or x.ndim < 2:
+        return f"the reduced axes of x, of rank {x.ndim}, are {axes}; expected all but the last"
+    found = [x.dtype.name, jnp.dtype(y_dtype).name]
+    found += [] if residual is None else [residual.dtype.name]
+    if len(set(found)) > 1 or found[0] not in DTYPES or dtype != jnp.float32:
+        return (
+            f"x, y and the residual have dtypes {found} and the arithmetic {dtype}; expected one "
+            f"of {DTYPES} for all three, and float32"
+        )
+    if activation is not None and _activations.sides(activation) is None:
+        return f"activation={activation!r}; expected jax.nn.relu, jax.nn.leaky_relu or None"
+    if any(_shapes.shards(x, a) > 1 for a in range(x.ndim)):
+        return "x is spread over an explicit mesh; expected one device, or the inside of shard_map"
+    try:
+        tiling(x.size // x.shape[-1], x.shape[-1], x.dtype.itemsize, 1)
+    except NotImplementedError as e:
+        return str(e)
+    return None
+
+
+# ---- the stages ----------------------------------------------------------------------------------
+
+
+def moments(x, mask, *, axes: Axes, dtype):
+    """count, shift, offset and m2 of each feature; see `_stages.moments`."""
+    n = x.size // x.shape[-1]
+    shift = _stages._shift(x, mask, n, axes, dtype)
+
+    def terms(x, shift):
+        d = x - shift
+        return d, d * d
+
+    s, squares = _sums(terms, (x,), (shift,), "bn_moments")
+    count = jnp.full((1,) * x.ndim, n, dtype)
+    return count, shift, s / n, jnp.maximum(squares - s * s / n, 0)
+
+
+def normalize(x, mean, rstd, scale, bias, residual=None, *, activation=None, dtype):
+    """y = activation((x - mean)*(rstd*scale) + bias + residual); see `_stages.normalize`."""
+    del dtype  # x's
+
+    def terms(x, *others):
+        *residual, mean, a, bias = others
+        z = (x - mean) * a + bias
+        z = z + residual[0] if residual else z
+        return (z if activation is None else _sided(activation, z, z),)
+
+    arrays = (x,) if residual is None else (x, residual)
+    (y,) = _written(terms, arrays, (mean, _times(rstd, scale), bias), 1, "bn_normalize")
+    return y
+
+
+def grad_sums(dy, kept: Kept, *, activation=None, axes: Axes):
+    """dbias = sum(dz), dscale = sum(dz * x_hat); see `_stages.grad_sums`."""
+    del axes  # all but the last
+
+    def terms(x, dy, *others):
+        dz, mean = _dz(activation, x, dy, others)
+        return dz, dz * (x - mean)
+
+    s, along = _sums(terms, *_operands(dy, kept, activation), "bn_grad_sums")
+    return s, kept.rstd * along
+
+
+def grad_input(dy, kept: Kept, sums, *, activation=None, dtype):
+    """dx of the final equation, and dz; see `_stages.grad_input`."""
+    del dtype  # x's
+    n = jnp.maximum(kept.count, 1)
+    constant, slope = kept.rstd * sums[0] / n, kept.rstd**2 * sums[1] / n
+    with_dz = activation is not None and kept.y is not None
+
+    def terms(x, dy, *others):
+        *others, a, constant, slope = others
+        dz, mean = _dz(activation, x, dy, others)
+        dx = a * dz - constant - slope * (x - mean)
+        return (dx, dz) if with_dz else (dx,)
+
+    arrays, vectors = _operands(dy, kept, activation)
+    vectors += _times(kept.rstd, kept.scale), constant, slope
+    dx, *dz = _written(terms, arrays, vectors, 1 + with_dz, "bn_grad_input")
+    if with_dz:
+        return dx, dz[0].astype(jnp.float32)
+    # Nobody reads it but where there is a residual: then, without an activation, it is dy.
+    return dx, _stages.grad_z(dy, kept, activation, _stages.Sweep.GRAD_INPUT).astype(jnp.float32)
+
+
+STAGES = Stages(moments, normalize, grad_sums, grad_input)
+
+
+def _operands(dy, kept: Kept, activation) -> tuple[tuple, tuple]:
+    """Arrays and vectors of a backward stage, as `_dz` takes them."""
+    if activation is None:
+        return (kept.x, dy), (kept.mean,)
+    if kept.y is not None:
+        return (kept.x, dy, kept.y), (kept.mean,)
+    return (kept.x, dy), (kept.mean, _times(kept.rstd, kept.scale), kept.bias)
+
+
+def _dz(activation, x, dy, others):
+    """dz = dy*activation'(z), and the mean. z has the sign of y, or is computed again."""
+    if activation is None:
+        (mean,) = others
+        return dy, mean
+    if len(others) == 2:
+        z, mean = others
+    else:
+        mean, a, bias = others
+        z = (x - mean) * a + bias
+    return _sided(activation, z, dy), mean
+
+
+def _sided(activation, z, v):
+    """v above the activation's kink, slope*v below it; 0, whatever v is, where the slope is 0."""
+    sides: Any = _activations.sides(activation)
+    below = jnp.zeros_like(v) if sides.slope == 0 else v * sides.slope
+    # A NaN is neither above nor below, and is to be seen.
+    return jnp.where(z < 0 if sides.closed else z <= 0, below, v)
+
+
+def _times(v, scale):
+    return v if scale is None else v * scale
+
+
+def _sums(terms: Callable, arrays, vectors, name: str) -> list:
+    """The sums over the examples of both arrays that `terms` makes. :: [1, C] twice"""
+    features = arrays[0].shape[-1]
+    partial_sums, cut = stream(terms, arrays, vectors, 2, 0, name)
+    s = jnp.sum(partial_sums[0], 1)  # (slabs, 2, COLUMNS)
+    s = jnp.swapaxes(s, 0, 1).reshape(2, cut.side_by_side, features).sum(1)
+    return [v.reshape(vectors[0].shape) for v in s]
+
+
+def _written(terms: Callable, arrays, vectors, outputs: int, name: str) -> list:
+    """The arrays that `terms` makes, in x's dtype. :: [N, C] each"""
+    written, _ = stream(terms, arrays, vectors, 0, outputs, name)
+    return [v.reshape(arrays[0].shape) for v in written]

@@ -1,0 +1,82 @@
+"""The hand-written stages, compiled for an H200: which kernels, how many registers, no spills."""
+
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from benchmarks.compiled import collectives_in, described_h200s, seen_by_pallas
+import jax_bn
+from jax_bn.kernels._stream import tiling
+
+NAMES = ("bn_moments", "bn_normalize", "bn_grad_sums", "bn_grad_input")
+RESNET50 = [  # at batch 256: edge and features
+    (112, 64), (56, 64), (56, 256), (28, 128), (28, 512), (14, 256), (14, 1024), (7, 512),
+    (7, 2048),
+]  # fmt: skip
+SIZES = [(256, edge, edge, features) for edge, features in RESNET50]
+SIZES += [(32, 7, 7, 2048), (256, 1024), (8192, 1024), (65536, 512)]
+
+
+def block(x, residual, dy, scale, bias):
+    def f(x, residual, scale, bias):
+        options: Any = dict(activation=jax.nn.relu, implementation="mosaic_gpu")
+        return jax_bn.batch_norm(x, scale, bias, residual=residual, **options)[0]
+
+    y, pull = jax.vjp(f, x, residual, scale, bias)
+    return y, pull(dy)
+
+
+def arguments(shape, dtype):
+    x = jax.ShapeDtypeStruct(shape, dtype)
+    return x, x, x, *[jax.ShapeDtypeStruct(shape[-1:], jnp.float32)] * 2
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_compiles_without_spills(dtype, for_h200, monkeypatch, capfd):
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    different = set()  # two sizes with the same cut share their kernels, compiled once
+    for shape in SIZES:
+        text = for_h200(block, *arguments(shape, dtype)).as_text()
+        for name in NAMES:  # each is launched once
+            calls = re.findall(rf'custom_call_target="mosaic_gpu\w*".*{name}', text or "")
+            assert len(calls) == 1, (shape, name, len(calls))
+        itemsize, features = jnp.dtype(dtype).itemsize, shape[-1]
+        examples = math.prod(shape[:-1])
+        different.add(tuple(tiling(examples, features, itemsize, n)[1:] for n in (1, 2, 3)))
+    said = "".join(capfd.readouterr())
+    for name in NAMES:
+        assert said.count(f"'{name}_mosaic_gpu_kernel' for 'sm_90a'") == len(different)
+    spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", said)
+    assert len(spilled) == 2 * len(NAMES) * len(different) and not any(map(int, spilled))
+    # Two blocks of 256 threads on an SM leave 128 registers to each thread.
+    assert all(int(r) <= 128 for r in re.findall(r"Used (\d+) registers", said))
+
+
+def test_what_the_compiler_would_partition_is_refused(for_h200):
+    with pytest.raises(NotImplementedError, match=r"over 8 devices\. Call .* inside shard_map"):
+        for_h200(block, *arguments((256, 7, 7, 512), "bfloat16"), devices=8)
+
+
+def test_inside_shard_map(for_h200):
+    """Each of two devices launches the kernels; all-reduces are those of XLA's stages."""
+    del for_h200  # the compiler is here
+    devices = described_h200s(2)
+    mesh = jax.sharding.Mesh(devices, ("data",))
+    over = jax.sharding.PartitionSpec("data")
+    spread = jax.sharding.NamedSharding(mesh, over)
+    x = jax.ShapeDtypeStruct((256, 1024), jnp.bfloat16, sharding=spread)
+
+    def step(x):
+        options: Any = dict(axis_name="data", implementation="mosaic_gpu")
+        y, pull = jax.vjp(lambda x: jax_bn.batch_norm(x, **options)[0], x)
+        return y, pull(y)[0]
+
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=over, out_specs=over, check_vma=False)
+    with seen_by_pallas():
+        compiled = jax.jit(mapped).trace(x).lower().compile()
+    assert len(re.findall(r'custom_call_target="mosaic_gpu', compiled.as_text() or "")) == 4
+    assert collectives_in(compiled)[0] == {"all-reduce": 3}
