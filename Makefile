@@ -4,7 +4,7 @@ VENV ?= .venv
 WORKERS ?= 2  # pytest processes
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test aot peers kill lint clean
+.PHONY: demo test aot peers kill notebooks notebooks-write docs lint clean
 
 demo: $(VENV)/ready
 	$(RUN) examples/train_digits.py --out out/demo.png
@@ -32,6 +32,24 @@ kill: $(VENV)/ready
 	$(RUN) examples/kill_and_resume.py --example gan_r1
 	$(RUN) examples/kill_and_resume.py --example train_resnet
 
+# Runs the notebooks from clean kernels: fails if a cell does or warns, or prints what is not committed.
+DOCS := $(VENV)-docs/bin/python
+notebooks: $(VENV)-docs/ready
+	$(DOCS) notebooks/execute.py
+
+# Puts the new outputs into them; with PyTorch, which is in one of the pictures.
+notebooks-write: $(VENV)-docs/ready
+	$(DOCS) -m pip install --quiet --retries 1 torch==2.13.0+cpu \
+	  --extra-index-url https://download.pytorch.org/whl/cpu
+	$(DOCS) notebooks/execute.py --write
+
+# Builds the site in out/site, where warnings are errors, and checks it: in Chromium too, if the
+# machine has one, else those checks are skipped and pytest says so.
+docs: $(VENV)-docs/ready
+	rm -rf out/site out/doctrees
+	$(DOCS) -m sphinx -W --keep-going --quiet -d out/doctrees docs out/site
+	$(DOCS) -m pytest -q -n $(WORKERS) tests/site
+
 lint: $(VENV)/ready
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -41,6 +59,12 @@ $(VENV)-aot/ready: $(VENV)/ready
 	$(PYTHON) -m venv $(VENV)-aot
 	$(VENV)-aot/bin/python -m pip install --quiet --upgrade pip
 	$(VENV)-aot/bin/python -m pip install --quiet --editable '.[aot]'
+	touch $@
+
+$(VENV)-docs/ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-docs
+	$(DOCS) -m pip install --quiet --upgrade pip
+	$(DOCS) -m pip install --quiet --editable '.[docs]'
 	touch $@
 
 $(VENV)-peers/ready: $(VENV)/ready
