@@ -26,13 +26,15 @@ first left the end in the L2 cache.
 
 from collections.abc import Callable
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
+
+load: Any = plgpu.load  # whose index older versions ask for
 
 COLUMNS = 256  # of a tile: no TMA box is wider
 BLOCKS = 264  # thread blocks: two on each of the 132 SMs of an H100 or H200
@@ -143,7 +145,7 @@ def _body(cut: Tiling, terms, n_arrays: int, n_vectors: int, sums: int, outputs:
     layout = plgpu.Layout.WG_STRIDED((cut.run, COLUMNS), vec_size=16 // itemsize)
 
     def read(ref):
-        return plgpu.load(ref, layout=layout)
+        return load(ref, layout=layout)
 
     def place(i):
         """Of the i-th of my tiles in memory."""
@@ -206,5 +208,5 @@ def _body(cut: Tiling, terms, n_arrays: int, n_vectors: int, sums: int, outputs:
         each = [(w, r) for w in range(WARPGROUPS) for r in range(cut.run)]
         in_order = plgpu.Layout.WG_STRIDED((COLUMNS,), vec_size=2)
         for k in range(sums):
-            rows = [plgpu.load(mine_and_others.at[w, k, r], layout=in_order) for w, r in each]
+            rows = [load(mine_and_others.at[w, k, r], layout=in_order) for w, r in each]
             results[0][slab, block, k] = sum(rows[1:], rows[0])
