@@ -85,4 +85,4 @@ $(VENV)/ready: pyproject.toml
 	touch $@
 
 clean:
-	rm -rf .venv* out dist
+	rm -rf .venv* out dist docs/notebooks docs/results

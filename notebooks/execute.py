@@ -32,7 +32,8 @@ def executed(path: Path):
         if cell.cell_type == "code":
             cell.outputs, cell.execution_count = [], None
     start = time.perf_counter()
-    NotebookClient(notebook, timeout=SECONDS, kernel_name="python3").execute(cwd=str(HERE))
+    client = NotebookClient(notebook, timeout=SECONDS, kernel_name="python3", coalesce_streams=True)
+    client.execute(cwd=str(HERE))
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # times of day
     notebook.metadata.language_info = {"name": "python"}  # not the version
