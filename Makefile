@@ -13,13 +13,13 @@ demo: $(VENV)/ready
 test: $(VENV)/ready
 	$(RUN) -m pytest -n $(WORKERS) tests
 	$(RUN) -m pytest -n $(WORKERS) tests/devices
-	$(RUN) -m pytest tests/kernels
+	$(RUN) -m pytest -n $(WORKERS) tests/kernels
 	$(RUN) -m pytest --doctest-modules jax_bn
 
 # Counts memory traffic on an H200 and on TPUs, with their compilers, which need no such device but
 # 1.3 GB of packages: in an environment of their own, since JAX looks for a device once they are there.
 aot: $(VENV)-aot/ready
-	$(VENV)-aot/bin/python -m pytest tests/aot --need-compilers
+	$(VENV)-aot/bin/python -m pytest -n $(WORKERS) tests/aot --need-compilers
 
 # Trains and converts beside PyTorch, Haiku, Equinox and published models. `make test` skips these.
 PEERS := $(VENV)-peers/bin/python

@@ -2,6 +2,11 @@
 with `--need-compilers`.
 """
 
+import os
+
+# Each of pytest's workers loads the library for TPUs, which would keep others out for a TPU's sake.
+os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] = "true"
+
 import jax
 import pytest
 
