@@ -16,6 +16,7 @@ import os
 from pathlib import Path
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -41,6 +42,7 @@ class Victim:
 
     def __init__(self, example: str, steps: int, folder: Path, cache: Path):
         self.folder, self.csv, self.steps = folder, folder / "metrics.csv", steps
+        self.startup = math.inf  # seconds from a start to the first row, the least seen
         script = Path(__file__).with_name(f"{example}.py")
         options = [f"--steps={steps}", f"--checkpoint-every={EVERY}", f"--out={folder}"]
         self.command = [sys.executable, "-W", "error", script, *EXAMPLES[example], *options]
@@ -65,6 +67,11 @@ class Victim:
         folder = self.folder / "checkpoints"
         names = [path.name for path in folder.iterdir()] if folder.exists() else []
         return max((int(name) for name in names if name.isdecimal()), default=0)
+
+    def drafts(self) -> set[tuple[str, int]]:
+        """Checkpoints half written, each with the time when; the next process removes them."""
+        found = self.folder.glob("checkpoints/*tmp*")
+        return {(path.name, path.stat().st_mtime_ns) for path in found}
 
     def rows(self) -> int:
         """Whole rows in the CSV, without the header."""
@@ -96,25 +103,34 @@ class Victim:
             time.sleep(0.001)
         return time.monotonic()
 
-    def kill(self, moments: random.Random, startup: float, training: float) -> str:
-        """Starts the run, kills it at some moment, and checks what is left; says what it was."""
-        before = self.checkpoint()
+    def kill(self, moments: random.Random, startup: float, training: float) -> str | None:
+        """Starts the run and kills it at some moment; says what is left. None: it was done before.
+
+        Args:
+            moments: draws the moment.
+            startup: seconds from a start to the first row, at most; killed within, or then.
+            training: seconds after the first row, at most; killed within.
+        """
+        before, drafts, began = self.checkpoint(), self.drafts(), time.monotonic()
         process = self.start()
         if moments.random() < STARTS:
             self.wait_for_row(process, before, moments.uniform(0, startup))
         else:
-            self.wait_for_row(process, before, math.inf)
+            first = self.wait_for_row(process, before, math.inf)
+            self.startup = min(self.startup, first - began)
             time.sleep(moments.uniform(0, training))
         process.kill()
         shown, errors = process.communicate()
-        if process.returncode != -signal.SIGKILL:
-            raise Lost(f"the run ended by itself, with {process.returncode}:\n{shown}\n{errors}")
-        after, rows = self.checkpoint(), self.rows()
         self.check_resumed(shown, before)
+        if process.returncode == 0:
+            return None
+        if process.returncode != -signal.SIGKILL:
+            raise Lost(f"the run ended with exit code {process.returncode}:\n{errors}")
+        after, rows = self.checkpoint(), self.rows()
         if after < before or rows > after + EVERY:
             raise Lost(f"checkpoint {before} before, {after} after, {rows} rows in the CSV")
-        drafts = [path.name for path in self.folder.glob("checkpoints/*tmp*")]
-        within = f", while it wrote {', '.join(drafts)}" if drafts else ""
+        new = [name for name, _ in self.drafts() - drafts]
+        within = f", while it wrote {', '.join(new)}" if new else ""
         return f"began at {before}, left {rows} rows and checkpoint {after}{within}"
 
     def check_resumed(self, shown: str, checkpoint: int) -> None:
@@ -130,24 +146,33 @@ def state_of(folder: Path) -> bytes:
     return f"{last.name} ".encode() + (last / "about" / "metadata").read_bytes()
 
 
+def check_same(left_alone: Victim, killed: Victim) -> None:
+    """Both runs are done, with the same CSV and the same state."""
+    if killed.rows() != killed.steps:
+        raise Lost(f"{killed.csv} has {killed.rows()} rows, not {killed.steps}")
+    if left_alone.csv.read_bytes() != killed.csv.read_bytes():
+        raise Lost(f"{left_alone.csv} and {killed.csv} differ")
+    if state_of(left_alone.folder) != state_of(killed.folder):
+        raise Lost(f"the last checkpoints of {left_alone.folder} and {killed.folder} differ")
+
+
 def compare(example: str, kills: int, steps: int, seed: int, folder: Path) -> list[str]:
     """Trains both runs; returns one line for each kill. Raises: Lost."""
-    whole_run = Victim(example, steps, folder / "whole", folder / "cache")
-    startup, training = whole_run.finish()
-    killed = Victim(example, steps, folder / "killed", folder / "cache")
+    left_alone = Victim(example, steps, folder / "alone", folder / "cache")
+    startup, training = left_alone.finish()  # it compiles: the startup of the others is shorter
     moments = random.Random(seed)
-    lines = []
-    for _ in range(kills):
-        # On average all kills together take four tenths of the run, so it does not end before.
-        lines.append(killed.kill(moments, startup, 0.8 * training / kills))
-        print(f"kill {len(lines)}: {lines[-1]}", flush=True)
+    lines: list[str] = []
+    killed = Victim(example, steps, folder / "killed", folder / "cache")
+    while len(lines) < kills:
+        line = killed.kill(moments, min(startup, killed.startup), training / (2 / 3 * kills + 1))
+        if line is None:  # no kill: another run, for those that are still to come
+            check_same(left_alone, killed)
+            shutil.rmtree(killed.folder)
+            continue
+        lines.append(line)
+        print(f"kill {len(lines)}: {line}", flush=True)
     killed.finish()
-    if whole_run.csv.read_bytes() != killed.csv.read_bytes():
-        raise Lost(f"{whole_run.csv} and {killed.csv} differ")
-    if state_of(whole_run.folder) != state_of(killed.folder):
-        raise Lost(f"the last checkpoints of {whole_run.folder} and {killed.folder} differ")
-    if killed.rows() != steps:
-        raise Lost(f"{killed.csv} has {killed.rows()} rows, not {steps}")
+    check_same(left_alone, killed)
     return lines
 
 
