@@ -1,7 +1,7 @@
 """Trains ResNet-18 or ResNet-50 on CIFAR-10, or on handwritten digits; survives being killed.
 
     python examples/train_resnet.py                                     # digits, a minute or two
-    python examples/train_resnet.py --data cifar-10-batches-py --layers 50 --dtype bfloat16 --remat
+    python examples/train_resnet.py --data cifar-10-batches-py --layers 50 --width 64 --remat
 
 The normalizations are `jax_bn.linen.BatchNorm` with relu and residual inside. Kill it at any
 moment: the same command goes on from the last checkpoint, to the same loss curve (see
