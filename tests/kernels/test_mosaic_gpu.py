@@ -43,7 +43,7 @@ def step(f, x, residual, dy, scale, bias, *, activation, fused):
         ((32, 512), "float32", LEAKY, False),
         ((32, 256), "float16", None, True),
     ],
-    ids=str,
+    ids=["few features", "several slabs", "nothing after"],
 )
 def test_the_whole_operation(shape, dtype, activation, fused, hopper, monkeypatch):
     # One block and small tiles: each warpgroup goes round its ring.
