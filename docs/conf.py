@@ -60,7 +60,7 @@ mathjax_path = "mathjax/tex-chtml.js"
 # The files that have a place on the page of the code, in the README's order.
 CODE = (
     "_batch_norm _training _vjp _jvp _statistics _devices _residuals _stages _activations "
-    "_compiler _shapes reference"
+    "_compiler _platform _shapes reference"
 ).split()
 PAGES = {
     "CONTRIBUTING.md": "contributing.md",

@@ -11,10 +11,10 @@ from functools import partial
 
 import jax
 from jax import lax
-from jax.core import Tracer
 import jax.numpy as jnp
 
 from jax_bn import _shapes
+from jax_bn._platform import on
 
 Axes = Sequence[int]
 
@@ -40,15 +40,15 @@ def apart(v, sweep: Sweep):
     XLA:CPU takes a sum over columns together with the casts and products under it, unless these
     have a second user: then it writes them out, in float32 and whole. So no two sweeps may share
     them. The barriers stand before each array for itself: one over several makes them vary alike
-    between devices.
+    between devices, and all tangents if one is.
     """
 
     def behind(v):
         for _ in range(sweep):
-            v = jax.tree.map(lax.optimization_barrier, v)
+            v = lax.optimization_barrier(v)
         return v
 
-    return _on("cpu", behind, v)
+    return jax.tree.map(partial(on, "cpu", behind, otherwise=_as_it_is), v)
 
 
 def once(f: Callable, dy, kept, sweep: Sweep):
@@ -64,7 +64,7 @@ def once(f: Callable, dy, kept, sweep: Sweep):
     def of_its_own(dy, kept):
         return f(dy, kept, sweep)
 
-    return _on("cpu", shared, dy, kept, otherwise=of_its_own)
+    return on("cpu", shared, dy, kept, otherwise=of_its_own)
 
 
 # What two sweeps say in the same words XLA:GPU makes one, and writes out; a barrier does not tell
@@ -103,7 +103,7 @@ def widened(residual, dtype):
         bits = lax.bitcast_convert_type(v, jnp.uint16).astype(jnp.uint32)
         return lax.bitcast_convert_type(bits << jnp.uint32(16), jnp.float32)
 
-    return _on("cuda", by_bits, residual, otherwise=lambda v: v.astype(dtype))
+    return on("cuda", by_bits, residual, otherwise=lambda v: v.astype(dtype))
 
 
 @widened.defjvp
@@ -113,7 +113,7 @@ def _widened_jvp(dtype, primals, tangents):
 
 def picked(examples):
     """A few examples of x: on TPUs picked from x as it is stored, not from a cast or copied x."""
-    return _on("tpu", lax.optimization_barrier, examples)
+    return on("tpu", lax.optimization_barrier, examples, otherwise=_as_it_is)
 
 
 def sum_over(v, axes: Axes):
@@ -142,7 +142,7 @@ def sum_over(v, axes: Axes):
     across = any(_shapes.shards(v, a) > 1 for a in (axes if group > 1 else inner))
     if across or v.shape[batch] % group:
         return at_once(v)
-    return _on("cuda", in_two_steps, v, otherwise=at_once)
+    return on("cuda", in_two_steps, v, otherwise=at_once)
 
 
 def sum_both(terms: Callable, inputs, axes: Axes):
@@ -161,15 +161,8 @@ def sum_both(terms: Callable, inputs, axes: Axes):
         return sum_over(terms(*inputs)[0], axes), sum_over(terms(*again)[1], axes)
 
     complex_already = any(map(jnp.iscomplexobj, jax.tree.leaves(inputs)))
-    return in_turn(*inputs) if complex_already else _on("cuda", as_one, *inputs, otherwise=in_turn)
+    return in_turn(*inputs) if complex_already else on("cuda", as_one, *inputs, otherwise=in_turn)
 
 
-def _first(v, *_):
+def _as_it_is(v):
     return v
-
-
-def _on(platform: str, f: Callable, *args, otherwise: Callable = _first):
-    """f(*args) in programs that are compiled for `platform`; there alone a compiler is at work."""
-    if not any(isinstance(v, Tracer) for v in jax.tree.leaves(args)):
-        return otherwise(*args)
-    return lax.platform_dependent(*args, **{platform: f}, default=otherwise)
