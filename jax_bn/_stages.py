@@ -149,8 +149,12 @@ def grad_z(dy, kept: Kept, activation, sweep: Sweep):
 
 
 def before_activation(kept: Kept, sweep: Sweep):
-    """z = bn(x) + residual; where masked, that of zeros. :: [N, C] -> [N, C] in T"""
-    x, residual = _select(kept.mask, kept.x), _select(kept.mask, kept.residual)
+    """z = bn(x) + residual; where masked, the bias. :: [N, C] -> [N, C] in T
+
+    Not that of zeros: far from the mean the activation may overflow, and 0*inf is NaN.
+    """
+    x, residual = kept.x.astype(kept.mean.dtype), _select(kept.mask, kept.residual)
+    x = x if kept.mask is None else jnp.where(kept.mask, x, kept.mean)
     return _z(x, kept.mean, kept.rstd, kept.scale, kept.bias, residual, sweep)
 
 

@@ -123,10 +123,15 @@ def _normalize_bwd(spec, residuals, dy):
         None if primal is None else _devices.cotangent_of(primal, local, total, spec.axis_name)
         for primal, local, total in zip((kept.bias, kept.scale), here, everywhere, strict=True)
     )
-    dresidual = None if like is None else dz.astype(like.dtype)
+    dresidual = None if like is None else _real_if(like, dz).astype(like.dtype)
     dx = _devices.cotangent_of(kept.x, dx)
     cotangents = Kept(dx, None, None, None, None, dscale, dbias, dresidual)
     return (cotangents,)
+
+
+def _real_if(like, v):
+    """The cotangent of a real array that was added to a complex one."""
+    return v if jnp.iscomplexobj(like) else jnp.real(v)
 
 
 _normalize.defvjp(_normalize_fwd, _normalize_bwd)

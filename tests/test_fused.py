@@ -99,6 +99,46 @@ def test_residual_alone_of_another_dtype():
     assert dresidual(residual).dtype == residual.dtype
 
 
+@pytest.mark.parametrize("forward_mode", [False, True])
+def test_a_real_residual_of_a_complex_result(forward_mode):
+    """It gets the real part; a cast of the complex cotangent would warn, and later be refused."""
+    (x, scale, bias, residual), dy = arrays()
+
+    def dresidual(f, x, residual, dy, **options):
+        def total(residual):
+            y, _ = f(x, scale.astype(x.dtype), bias.astype(x.dtype), residual=residual, **options)
+            return jnp.sum(jnp.real(dy.astype(x.dtype) * y * y))
+
+        return jax.grad(total)(residual)
+
+    args = x + 1j * dy.astype(np.float32), residual, dy
+    plain = partial(dresidual, DEFINITION)
+    actual = dresidual(jax_bn.batch_norm, *args, forward_mode=forward_mode)
+    assert_as_accurate(actual, plain(*args), in_float64(plain, *args), examples=30)
+
+
+@pytest.mark.parametrize("forward_mode", [False, True])
+@pytest.mark.parametrize("added", [False, True], ids=["alone", "with a residual"])
+def test_an_activation_that_overflows_far_from_the_mean_where_masked(added, forward_mode):
+    """Its derivative is taken at the bias there: at x = 0 it would be inf, and 0*inf is NaN."""
+    (x, scale, bias, residual), _ = arrays()
+    mask = np.arange(30).reshape(6, 5) % 3 > 0
+    scale, residual = np.abs(scale) + 1, residual if added else None
+    batch_norm = partial(jax_bn.batch_norm, mask=mask, activation=jnp.exp)
+
+    @jax.jit
+    def gradients(x):
+        def total(x, scale, bias):
+            y, _ = batch_norm(x, scale, bias, residual=residual, forward_mode=forward_mode)
+            return jnp.sum(jnp.where(mask[..., None], y, 0))
+
+        return jax.grad(total, argnums=(0, 1, 2))(x, scale, bias)
+
+    here, far = gradients(x - 3), gradients(x - 1003)  # x - 3 is near 0
+    for a, b in zip(far, here, strict=True):  # x is rounded at 1003: 1003/2 eps of x_hat
+        np.testing.assert_allclose(a, b, rtol=0, atol=1003 * 30 * 2.0**-23 * np.abs(b).max())
+
+
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 def test_nan_under_a_mask_reaches_nothing_else(activation):
     args, dy = arrays()
