@@ -4,7 +4,7 @@ VENV ?= .venv
 WORKERS ?= 2  # pytest processes
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test aot peers kill notebooks notebooks-write docs lint clean
+.PHONY: demo test fuzz aot peers kill notebooks notebooks-write docs lint clean
 
 demo: $(VENV)/ready
 	$(RUN) examples/train_digits.py --out out/demo.png
@@ -15,6 +15,12 @@ test: $(VENV)/ready
 	$(RUN) -m pytest -n $(WORKERS) tests/devices
 	$(RUN) -m pytest -n $(WORKERS) tests/kernels
 	$(RUN) -m pytest --doctest-modules jax_bn
+
+# Draws a thousand examples for each property, where `make test` draws eight; FUZZ_POOL=1 other calls.
+fuzz: $(VENV)/ready
+	HYPOTHESIS_PROFILE=long $(RUN) -m pytest --hypothesis-show-statistics tests/test_properties.py
+	HYPOTHESIS_PROFILE=long $(RUN) -m pytest --hypothesis-show-statistics \
+	  tests/devices/test_properties.py
 
 # Counts memory traffic on an H200 and on TPUs, with their compilers, which need no such device but
 # 1.3 GB of packages: in an environment of their own, since JAX looks for a device once they are there.

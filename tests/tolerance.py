@@ -36,24 +36,28 @@ def narrowed(tree):
     return jax.tree.map(narrow, tree)
 
 
-def assert_as_accurate(actual, definition, oracle, examples: int):
+def assert_as_accurate(actual, definition, oracle, examples: int, terms=None):
     """Asserts |actual - oracle| <= 2 |definition - oracle| + eps*sqrt(examples)*scale, by leaf.
 
-    `scale` is the largest magnitude in the leaf; `eps` of the dtype of `actual`.
+    `scale` is the largest magnitude in the leaf; `eps` of the dtype of `actual`. Where a leaf is a
+    sum that may cancel, `terms` says by how much its terms are rounded, a number for each leaf, to
+    be added to eps*scale: else a definition that had luck would set what is allowed.
     """
     chex.assert_trees_all_equal_structs(actual, definition, oracle)
     chex.assert_trees_all_equal_shapes(actual, definition, oracle)
     chex.assert_trees_all_equal_dtypes(narrowed(actual), narrowed(definition))
-    for (path, a), d, o in zip(
+    for (path, a), d, o, t in zip(
         jax.tree_util.tree_leaves_with_path(actual),
         jax.tree.leaves(definition),
         jax.tree.leaves(oracle),
+        jax.tree.leaves(terms) if terms is not None else [0.0] * len(jax.tree.leaves(oracle)),
         strict=True,
     ):
         assert np.isfinite(o).all(), f"{path}: the oracle is not finite"
         eps, eps_d = (float(jnp.finfo(v.dtype).eps) for v in (a, d))
         error, budget = (np.abs(_widen(v) - o).max(initial=0) for v in (a, d))
-        allowed = 2 * budget * eps / eps_d + eps * np.sqrt(examples) * np.abs(o).max(initial=0)
+        rounding = eps * np.abs(o).max(initial=0) + t
+        allowed = 2 * budget * eps / eps_d + np.sqrt(examples) * rounding
         assert error <= allowed, (
             f"{jax.tree_util.keystr(path)}: error {error:.3g}, allowed {allowed:.3g}"
         )
