@@ -109,7 +109,8 @@ def merge_moments(count, shift, offset, m2, total: Callable):
     center = lax.stop_gradient(weighted / n.astype(offset.dtype))  # no result depends on it
     apart = (shift - center) + offset  # exact where the parts are close
     s, m2 = total((weight * apart, m2 + jnp.real(weight * apart * jnp.conj(apart))))
-    return count, center, s / n.astype(offset.dtype), m2 - jnp.real(s * jnp.conj(s)) / n
+    offset = s / n.astype(offset.dtype)
+    return count, center, offset, m2 - jnp.real(s * jnp.conj(offset))
 
 
 def update_running_stats(
