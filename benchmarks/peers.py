@@ -29,12 +29,13 @@ class Peer(NamedTuple):
     """An implementation.
 
     Attributes:
-        make: from x, or its shape and dtype, to the function and its first state.
+        make: from x, or its shape and dtype, to the function and its first state; `momentum=`
+            weighs the running averages before it.
         needs: the module to import; what is not installed is reported, with the reason.
         fused: whether relu and residual are its own: then it normalizes only where these are.
     """
 
-    make: Callable[[Any], tuple[Apply, Any]]
+    make: Callable[..., tuple[Apply, Any]]
     needs: str = "jax"
     fused: bool = False
 
@@ -44,29 +45,29 @@ def averages(x) -> tuple[jax.Array, jax.Array]:
     return jnp.zeros(features), jnp.ones(features)
 
 
-def _ours(x, fused=False):
+def _ours(x, fused=False, momentum=MOMENTUM):
     def apply(x, scale, bias, state):
         own: dict[str, Any] = dict(residual=x, activation=jax.nn.relu) if fused else {}
         y, stats = jax_bn.batch_norm(x, scale, bias, **own)
         mean, var = state
-        return y, jax_bn.update_running_stats(mean, var, stats, momentum=MOMENTUM)
+        return y, jax_bn.update_running_stats(mean, var, stats, momentum=momentum)
 
     return apply, averages(x)
 
 
-def _definition(x):
+def _definition(x, momentum=MOMENTUM):
     def apply(x, scale, bias, state):
         y, now = reference.batch_norm(x, scale, bias)
-        updated = (MOMENTUM * a + (1 - MOMENTUM) * b for a, b in zip(state, now[:2], strict=True))
+        updated = (momentum * a + (1 - momentum) * b for a, b in zip(state, now[:2], strict=True))
         return y, tuple(updated)
 
     return apply, averages(x)
 
 
-def _linen(x):
+def _linen(x, momentum=MOMENTUM, **fields):
     from flax import linen
 
-    layer = linen.BatchNorm(use_running_average=False, momentum=MOMENTUM, dtype=x.dtype)
+    layer = linen.BatchNorm(use_running_average=False, momentum=momentum, dtype=x.dtype, **fields)
 
     def apply(x, scale, bias, state):
         variables = {"params": {"scale": scale, "bias": bias}, "batch_stats": state}
@@ -80,10 +81,10 @@ def _named_averages(x):
     return dict(zip(("mean", "var"), averages(x), strict=True))
 
 
-def _nnx(x):
+def _nnx(x, momentum=MOMENTUM):
     from flax import nnx
 
-    made = nnx.BatchNorm(x.shape[-1], momentum=MOMENTUM, dtype=x.dtype, rngs=nnx.Rngs(0))
+    made = nnx.BatchNorm(x.shape[-1], momentum=momentum, dtype=x.dtype, rngs=nnx.Rngs(0))
     graph, _ = nnx.split(made)
 
     def apply(x, scale, bias, state):
@@ -96,11 +97,11 @@ def _nnx(x):
     return apply, _named_averages(x)
 
 
-def _haiku(x):
+def _haiku(x, momentum=MOMENTUM):
     import haiku as hk  # pyright: ignore[reportMissingImports]
 
     def layer(x):
-        return hk.BatchNorm(create_scale=True, create_offset=True, decay_rate=MOMENTUM)(x, True)
+        return hk.BatchNorm(create_scale=True, create_offset=True, decay_rate=momentum)(x, True)
 
     f = hk.transform_with_state(layer)
     per_feature = (1,) * (len(x.shape) - 1) + x.shape[-1:]
@@ -114,11 +115,11 @@ def _haiku(x):
     return apply, state
 
 
-def _equinox(x):
+def _equinox(x, momentum=MOMENTUM):
     import equinox as eqx  # pyright: ignore[reportMissingImports]
 
     make = eqx.nn.make_with_state(eqx.nn.BatchNorm)
-    layer, state = make(x.shape[-1], "examples", momentum=MOMENTUM, mode="batch")
+    layer, state = make(x.shape[-1], "examples", momentum=momentum, mode="batch")
     leaves, tree = jax.tree.flatten(state)  # a State can be used only once
 
     def apply(x, scale, bias, leaves):

@@ -45,6 +45,26 @@ def why_unfair(layout: str, measure: str, shape: tuple[int, ...]) -> str | None:
     return None
 
 
+def results(x: np.ndarray, scale: np.ndarray, bias: np.ndarray, dy: np.ndarray) -> dict[str, Any]:
+    """y, the statistics of the batch and the gradients of one training step on the CPU, x [N, C].
+
+    PyTorch averages the unbiased variance: `var` is what it was before, in float64.
+    """
+    import torch  # pyright: ignore[reportMissingImports]
+
+    def tensor(v: np.ndarray) -> Any:
+        return torch.from_numpy(v.astype(np.float32)).to(getattr(torch, v.dtype.name))
+
+    inputs = tensor(x).requires_grad_(), tensor(scale).requires_grad_()
+    mean, var = torch.zeros(scale.size), torch.ones(scale.size)
+    batch_norm = torch.nn.functional.batch_norm
+    y = batch_norm(inputs[0], mean, var, inputs[1], tensor(bias), training=True, momentum=1.0)
+    dx, dscale = torch.autograd.grad(y, inputs, tensor(dy))
+    found = dict(y=y, mean=mean, dx=dx, dscale=dscale)
+    arrays = {name: v.detach().float().numpy() for name, v in found.items()}
+    return arrays | dict(var=var.numpy().astype(np.float64) * (1 - 1 / len(x)))
+
+
 def program(layout: str, measure: str, pairs, scale, bias, depth: int) -> Program:
     """The program of a measure; `pairs`: of x and dy as JAX arrays, the buffers to rotate."""
     import torch  # pyright: ignore[reportMissingImports]
