@@ -188,6 +188,7 @@ def exceptions(rows: Iterable[dict]) -> list[dict]:
 
 def run(quick: bool, names: Sequence[str] = NAMES) -> dict:
     """The whole result."""
+    where = record.here()  # before: whatever changes meanwhile
     absent = missing(names)
     here = [name for name in names if name not in absent]
     rows, isolation, programs = [], [], {}
@@ -197,7 +198,7 @@ def run(quick: bool, names: Sequence[str] = NAMES) -> dict:
         if case.name == "mean/std = 1e1":
             isolation += isolated(case, here, programs)
     return dict(
-        **record.here(),
+        **where,
         settings=dict(quick=quick),
         missing=absent,
         rows=rows,
