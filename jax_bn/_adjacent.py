@@ -14,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Literal
 import jax.numpy as jnp
 
-from jax_bn import _intercept
+from jax_bn import _arguments, _intercept
 from jax_bn._shapes import feature_axes
 
 STATS = "mean", "var"
@@ -103,6 +103,8 @@ class Trace:
 
         self.read(jax.make_jaxpr(f)(variables, *args).jaxpr)
         wanted = pairs
+        if pairs is not None:
+            _arguments.mapping("pairs", pairs, "paths of affine layers to paths of normalizations")
         if pairs is None:
             wanted = {a: n for a, to in self.result_readers.items() for n in to if n in self.norms}
         refusals = {a: r for a, n in wanted.items() if (r := self.refusal(a, n)) is not None}
@@ -112,7 +114,7 @@ class Trace:
                 f"none of the normalizations {sorted(self.norms)} gets the result of one of the "
                 f"layers {sorted(self.affines)}"
             )
-            raise ValueError(f"cannot fold: {why}")
+            raise ValueError(f"cannot fold: {'' if pairs is None else 'of pairs, '}{why}")
         values = jax.tree.leaves(variables)
         return {a: self.fold(a, n, values) for a, n in chosen.items()}
 

@@ -3,26 +3,105 @@
 Each refusal names the argument, what came, what was expected and the way out.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 import math
+from numbers import Integral
+import operator
 from typing import Any
 
 import jax
 from jax import lax
+from jax.core import Tracer
 import jax.numpy as jnp
+import numpy as np
 
 from jax_bn import _shapes
 from jax_bn._activations import sides
 
 
+def array(name: str, v) -> jax.Array:
+    """`v` as an array of numbers or bools."""
+    try:
+        v = jnp.asarray(v)
+    except (TypeError, ValueError, OverflowError) as e:
+        raise TypeError(f"{name} is a {type(v).__name__}; expected an array of numbers") from e
+    if jnp.issubdtype(v.dtype, jax.dtypes.extended):
+        raise TypeError(f"{name} has dtype {v.dtype}; expected an array of numbers")
+    return v
+
+
 def inexact(name: str, v) -> jax.Array:
     """`v` as a float or complex array; integers and bools as float32, as in Flax."""
-    v = jnp.asarray(v)
+    v = array(name, v)
     if jnp.issubdtype(v.dtype, jnp.inexact):
         return v
     if jnp.issubdtype(v.dtype, jnp.integer) or v.dtype == jnp.bool_:
         return v.astype(jnp.float32)
     raise TypeError(f"{name} has dtype {v.dtype}; expected a float, complex, integer or bool dtype")
+
+
+def real_scalar(name: str, v, kind: str) -> jax.Array | np.ndarray:
+    """`v` as one real number, which may be traced; `kind` says of what sort it is."""
+    a = v if isinstance(v, Tracer) else np.asarray(v)
+    real = jnp.issubdtype(a.dtype, jnp.floating) or jnp.issubdtype(a.dtype, jnp.integer)
+    if a.ndim or not real:
+        raise TypeError(f"{name}={v!r}; expected {kind}")
+    return a
+
+
+def flag(name: str, v) -> bool:
+    """`v` as a bool that is known while tracing. None is False; so are 0 and its like, as in Flax.
+
+    A string is refused: "False" would be true.
+    """
+    try:
+        if not isinstance(v, str):
+            return bool(v)
+        why = None
+    except (TypeError, ValueError) as e:  # traced, or an array of several
+        why = e
+    raise TypeError(
+        f"{name}={v!r}; expected True or False, known while tracing: under jit make it a static "
+        "argument"
+    ) from why
+
+
+def size(name: str, v) -> int:
+    """`v` as the length of an axis."""
+    try:
+        n = operator.index(v)
+    except TypeError as e:
+        raise TypeError(f"{name}={v!r}; expected an int") from e
+    if n < 0:
+        raise ValueError(f"{name}={n}; expected at least 0")
+    return n
+
+
+def function(name: str, v) -> Callable:
+    """`v`, which can be called."""
+    if not callable(v):
+        raise TypeError(f"{name}={v!r}; expected a function")
+    return v
+
+
+def mapping(name: str, v, kind: str) -> Mapping:
+    """`v`, a mapping; `kind` says of what to what."""
+    if not isinstance(v, Mapping):
+        raise TypeError(f"{name} is a {type(v).__name__}; expected {kind}")
+    return v
+
+
+def inexact_dtype(name: str, v) -> jnp.dtype | None:
+    """`v` as a float or complex dtype; None stays None."""
+    if v is None:
+        return None
+    try:
+        dtype = jnp.dtype(v)
+    except TypeError as e:
+        raise TypeError(f"{name}={v!r} is no dtype; expected one such as jnp.float32") from e
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        raise ValueError(f"{name}={dtype} is not inexact; expected a float or complex dtype")
+    return dtype
 
 
 def per_feature(name: str, v, x: jax.Array, features: tuple[int, ...]) -> jax.Array:
@@ -88,10 +167,13 @@ def mapped_axes(axis_name, groups):
             raise ValueError("axis_index_groups needs axis_name, the mapped axis that it divides")
         return (), None, 1
     names = (axis_name,) if isinstance(axis_name, str) else axis_name
-    if not isinstance(names, Sequence) or len(set(names)) < len(names):
+    known = isinstance(names, Sequence) and all(isinstance(n, Hashable) for n in names)
+    if not known or len(set(names)) < len(names):
         raise ValueError(f"axis_name={axis_name!r}; expected a name, or several different ones")
     if groups is not None:
-        if not all(isinstance(g, Sequence) for g in groups) or len({len(g) for g in groups}) != 1:
+        known = isinstance(groups, Sequence) and all(isinstance(g, Sequence) for g in groups)
+        whole = known and all(isinstance(i, Integral) for g in groups for i in g)
+        if not whole or len({len(g) for g in groups}) != 1:
             raise ValueError(
                 f"axis_index_groups={groups}; expected sequences of indices, at least one, all of "
                 "one length"
@@ -124,10 +206,7 @@ def static_epsilon(epsilon) -> float:
 
 def dtype_of_y(dtype, x: jax.Array) -> jnp.dtype:
     """`dtype`, or x's own."""
-    y_dtype = x.dtype if dtype is None else jnp.dtype(dtype)
-    if not jnp.issubdtype(y_dtype, jnp.inexact):
-        raise ValueError(f"dtype={y_dtype} is not inexact; expected a float or complex dtype for y")
-    return jax.dtypes.canonicalize_dtype(y_dtype)
+    return jax.dtypes.canonicalize_dtype(inexact_dtype("dtype", dtype) or x.dtype)
 
 
 def arithmetic_dtype(y_dtype, *arrays: jax.Array | None) -> jnp.dtype:

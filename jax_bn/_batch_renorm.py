@@ -150,14 +150,8 @@ def one_step(
 
 def _bound(name: str, value, least: int) -> jax.Array | np.ndarray:
     """`value`, a real scalar; at least `least`, if that is known while tracing."""
-    v = value if isinstance(value, Tracer) else np.asarray(value)
-    if v.ndim or not (
-        jnp.issubdtype(v.dtype, jnp.floating) or jnp.issubdtype(v.dtype, jnp.integer)
-    ):
-        raise TypeError(
-            f"{name}={value!r}; expected one real number, or in a layer a schedule of such: a "
-            "function of the step"
-        )
+    kind = "one real number, or in a layer a schedule of such: a function of the step"
+    v = _arguments.real_scalar(name, value, kind)
     if not (isinstance(v, Tracer) or v >= least):
         raise ValueError(
             f"{name}={value}; expected a number >= {least}: {least} corrects nothing, math.inf is "

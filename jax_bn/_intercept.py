@@ -20,6 +20,16 @@ from jax_bn.linen._replace import within
 Watchers = Mapping[type, Callable[..., Any]]
 
 
+def model_of(cls: type, name: str, model) -> None:
+    """Refuses what is no model of Linen (`nn.Module`) or of NNX (`nnx.Module`)."""
+    if not isinstance(model, cls):
+        kind = "flax.linen.Module" if cls is nn.Module else "flax.nnx.Module"
+        raise TypeError(
+            f"{name} is of class {type(model).__qualname__}; expected a {kind}: there is one "
+            "function for each of Linen and NNX"
+        )
+
+
 def trains(layer, use_running_average: bool | None) -> bool:
     """Whether a batch normalization that is called so takes the statistics of the batch.
 

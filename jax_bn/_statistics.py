@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 import numpy as np
 
-from jax_bn import _devices
+from jax_bn import _arguments, _devices
 
 
 @jax.tree_util.register_dataclass
@@ -74,15 +74,17 @@ def merge_stats(*stats: BatchStats) -> BatchStats:
         (3.0, 3.5, 4.0)
     """
     if not stats:
-        raise ValueError("merge_stats got no statistics; expected at least one BatchStats")
+        raise ValueError("stats is empty: merge_stats got no statistics; expected a BatchStats")
     for s in stats:
         if not isinstance(s, BatchStats):
             raise TypeError(
-                f"merge_stats got a {type(s).__name__}; expected BatchStats: unpack lists"
+                f"stats: merge_stats got a {type(s).__name__}; expected BatchStats: unpack lists"
             )
     shapes = [jnp.shape(v) for s in stats for v in (s.mean, s.var, s.count)]
     if len(set(shapes)) > 1:
-        raise ValueError(f"mean, var and count have shapes {shapes}; expected the same for all")
+        raise ValueError(
+            f"mean, var and count of stats have shapes {shapes}; expected the same for all"
+        )
     return merge_stacked(jax.tree.map(lambda *leaves: jnp.stack(leaves), *stats))
 
 
@@ -156,9 +158,10 @@ def update_running_stats(
         >>> mean.item(), var.item()
         (1.0, 1.5)
     """
-    mean, var = jnp.asarray(mean), jnp.asarray(var)
+    mean, var = _arguments.array("mean", mean), _arguments.array("var", var)
     if not isinstance(stats, BatchStats):
         raise TypeError(f"stats is a {type(stats).__name__}; expected the BatchStats of batch_norm")
+    _arguments.real_scalar("momentum", momentum, "one weight in [0, 1], that of the old value")
     if not (isinstance(momentum, Tracer) or 0 <= momentum <= 1):
         raise ValueError(f"momentum={momentum}; expected a weight in [0, 1], that of the old value")
     for name, running, batch in (("mean", mean, stats.mean), ("var", var, stats.var)):
@@ -169,7 +172,7 @@ def update_running_stats(
                 f"{name} has shape {running.shape}; expected {batch.shape}, that of stats.{name}"
             )
     count, batch_var, enough = stats.count, stats.var, 0
-    if unbiased:
+    if _arguments.flag("unbiased", unbiased):
         if not isinstance(count, Tracer) and bool(np.any(np.asarray(count) == 1)):
             raise ValueError(
                 "unbiased=True with a batch of one example (count 1): count/(count - 1) is "

@@ -61,14 +61,15 @@ def in_training(
     scale = None if scale is None else _arguments.per_feature("scale", scale, x, features)
     bias = None if bias is None else _arguments.per_feature("bias", bias, x, features)
     if mask is not None:
-        mask = _shapes.aligned_mask(jnp.asarray(mask), x.shape, features)
+        mask = _shapes.aligned_mask(_arguments.array("mask", mask), x.shape, features)
     residual = None if residual is None else _arguments.residual(residual, x)
     running = () if running is None else _arguments.running(*running, x, features)
     names, groups, devices = _arguments.mapped_axes(axis_name, axis_index_groups)
     stat_dtype = _arguments.arithmetic_dtype(y_dtype, x, scale, bias, residual, *running)
     x, scale, bias = _arguments.in_arithmetic(stat_dtype, x, scale, bias)
     _arguments.elementwise(activation, stat_dtype)
-    spec = _vjp.Spec(reduced, stat_dtype, y_dtype, names, groups, activation, bool(forward_mode))
+    forward_mode = _arguments.flag("forward_mode", forward_mode)
+    spec = _vjp.Spec(reduced, stat_dtype, y_dtype, names, groups, activation, forward_mode)
 
     def affine_of(count, mean, var):
         return affine(scale, bias, BatchStats(mean, var, count), *running)

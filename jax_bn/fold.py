@@ -8,6 +8,8 @@ With running statistics it is affine in each feature, and so is the layer before
 Which layer stands before which is read from a trace of the model and not from names: `_adjacent`.
 """
 
+from jax_bn import _needs_flax as _needs_flax  # isort: split
+
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -94,6 +96,10 @@ def fold_linen(
         {'params': {'layers_0': {'bias': (2,), 'kernel': (3, 2)}}}
     """
 
+    _intercept.model_of(nn.Module, "module", module)
+    _arguments.mapping("variables", variables, "those of the module, by collection")
+    _arguments.function("call", call)
+
     def arrays(layer, names):
         found = {n: layer.get_variable("batch_stats" if n in STATS else "params", n) for n in names}
         return {name: meta.unbox(v) for name, v in found.items() if v is not None}
@@ -178,6 +184,8 @@ def fold_nnx(
         >>> bool(jnp.allclose(folded(x), model(x)))
         True
     """
+    _intercept.model_of(nnx.Module, "model", model)
+    _arguments.function("call", call)
     graphdef, state = nnx.split(model, graph=True)
 
     def arrays(layer, names):
@@ -235,6 +243,7 @@ class Folded(nnx.Module):
 
     def __call__(self, x, use_running_average=None, *, mask=None, residual=None):
         """As the layer that was folded, in evaluation."""
+        x = _arguments.array("x", x)
         training = _intercept.trains(self, use_running_average)
         return _rest(self.path, x, training, residual, self.activation, self.dtype)
 
@@ -253,7 +262,8 @@ def _rest(path, x, training, residual, activation, dtype) -> jax.Array:
     if training:
         raise ValueError(
             f"the batch normalization {path!r} is folded into the layer before it, and was called "
-            "in training; expected evaluation: train the model that was folded"
+            "in training, use_running_average=False; expected evaluation: train the model that was "
+            "folded"
         )
     if residual is not None:
         residual = _arguments.residual(residual, x)

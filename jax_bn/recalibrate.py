@@ -7,6 +7,8 @@ Each batch gives one `BatchStats` a layer, and they are merged by count. What is
 Linen and in NNX, is in `_intercept`.
 """
 
+from jax_bn import _needs_flax as _needs_flax  # isort: split
+
 from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 import operator
@@ -18,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_bn import _intercept
+from jax_bn import _arguments, _intercept
 from jax_bn._batch_norm import batch_norm
 from jax_bn._shapes import flax_mask
 from jax_bn._statistics import BatchStats, merge_stats
@@ -101,6 +103,10 @@ def recalibrate_linen(
         >>> new["mean"].item(), new["var"].item()
         (3.0, 3.5)
     """
+    _intercept.model_of(nn.Module, "module", module)
+    _arguments.mapping("variables", variables, "those of the module, by collection")
+    _arguments.function("call", call)
+    rngs = _arguments.mapping("rngs", {} if rngs is None else rngs, "keys by name")
     given = traverse_util.flatten_dict({**variables}.get("batch_stats", {}))
     paths = [path[:-1] for path in given if path[-1] == "var" and (*path[:-1], "mean") in given]
     called: set[str] = set()
@@ -126,7 +132,7 @@ def recalibrate_linen(
         stats = traverse_util.unflatten_dict(
             traverse_util.flatten_dict({**variables}.get("batch_stats", {})) | start
         )
-        keys = {k: jax.random.fold_in(key, index) for k, key in (rngs or {}).items()}
+        keys = {k: jax.random.fold_in(key, index) for k, key in rngs.items()}
         with _intercept.in_linen(dict.fromkeys(LINEN, gather)):
             run = nn.apply(call, module, mutable=DenyList(("params",)))
             _, after = run({**variables, "batch_stats": stats}, batch, rngs=keys)
@@ -180,6 +186,8 @@ def recalibrate_nnx(
         >>> model.layers[0].mean[...].item(), model.layers[0].var[...].item()
         (3.0, 3.5)
     """
+    _intercept.model_of(nnx.Module, "model", model)
+    _arguments.function("call", call)
     called: set[str] = set()
     graphdef, rngs, rest = nnx.split(model, nnx.RngState, ..., graph=True)
 
@@ -246,7 +254,8 @@ def _replaced(old, new, count):
 
 def _pooled(step, model, carry, batches, called, num_batches, progress) -> dict[Any, BatchStats]:
     """The statistics of all batches, with step :: (model, carry, batch) -> (stats, carry)."""
-    if isinstance(batches, (jax.Array, np.ndarray, Mapping)):
+    one = isinstance(batches, (jax.Array, np.ndarray, Mapping))
+    if one or not (hasattr(batches, "__iter__") or hasattr(batches, "__getitem__")):
         raise TypeError(
             f"batches is one {type(batches).__name__}; expected an iterable of batches: pass "
             "[batch] for a single one"
@@ -259,6 +268,8 @@ def _pooled(step, model, carry, batches, called, num_batches, progress) -> dict[
         if num_batches < 1:
             raise ValueError(f"num_batches={num_batches}; expected at least 1, or None for all")
         batches = islice(batches, num_batches)
+    if progress is not None:
+        _arguments.function("progress", progress)
     step = jax.jit(step)
     merge = jax.jit(lambda a, b: {path: merge_stats(a[path], b[path]) for path in a})
     got = 0

@@ -9,6 +9,7 @@ from flax.linen import dtypes
 import jax
 import jax.numpy as jnp
 
+from jax_bn import _arguments
 from jax_bn._batch_norm import batch_norm, normalize
 from jax_bn._shapes import feature_axes, flax_mask
 from jax_bn._statistics import count_batch, update_running_stats
@@ -143,15 +144,18 @@ def batch_normalized(
     use_running_average = nn.merge_param(
         "use_running_average", layer.use_running_average, use_running_average
     )
-    training = not (use_running_average or own.freeze_statistics)
+    frozen = _arguments.flag("freeze_statistics", own.freeze_statistics)
+    training = not (_arguments.flag("use_running_average", use_running_average) or frozen)
     if isinstance(own.activation, nn.Module):
         raise TypeError(
             f"activation={own.activation} is a module; expected a function without "
             "parameters: apply the module to the result of this layer"
         )
-    x = jnp.asarray(x)
+    x = _arguments.array("x", x)
+    dtype = _arguments.inexact_dtype("dtype", layer.dtype)
+    param_dtype = _arguments.inexact_dtype("param_dtype", layer.param_dtype)
     shape = tuple(x.shape[a] for a in feature_axes(layer.axis, x.ndim))
-    stat_dtype = jnp.float32 if layer.force_float32_reductions else layer.param_dtype
+    stat_dtype = jnp.float32 if layer.force_float32_reductions else param_dtype
     mean = layer.variable("batch_stats", "mean", jnp.zeros, shape, stat_dtype)
     var = layer.variable("batch_stats", "var", jnp.ones, shape, stat_dtype)
     batches = (
@@ -160,22 +164,22 @@ def batch_normalized(
         else None
     )
     in_training = own._in_training(mean, var, training)
-    scale = (
-        layer.param("scale", layer.scale_init, shape, layer.param_dtype)
-        if layer.use_scale
-        else None
-    )
-    bias = (
-        layer.param("bias", layer.bias_init, shape, layer.param_dtype) if layer.use_bias else None
-    )
-    if own.freeze_affine:
+
+    def param(name):
+        if not _arguments.flag(f"use_{name}", getattr(layer, f"use_{name}")):
+            return None
+        init = _arguments.function(f"{name}_init", getattr(layer, f"{name}_init"))
+        return layer.param(name, init, shape, param_dtype)
+
+    scale, bias = param("scale"), param("bias")
+    if _arguments.flag("freeze_affine", own.freeze_affine):
         scale, bias = jax.lax.stop_gradient((scale, bias))
     common: dict[str, Any] = dict(
         axis=layer.axis,
         epsilon=layer.epsilon,
         residual=residual,
         activation=own.activation,
-        dtype=dtypes.canonicalize_dtype(x, scale, bias, dtype=layer.dtype),
+        dtype=dtypes.canonicalize_dtype(x, scale, bias, dtype=dtype),
     )
     if not training:
         return normalize(x, mean.value, var.value, scale, bias, **common)
@@ -184,7 +188,7 @@ def batch_normalized(
         x,
         scale=scale,
         bias=bias,
-        mask=None if mask is None else flax_mask(jnp.asarray(mask), x.shape),
+        mask=None if mask is None else flax_mask(_arguments.array("mask", mask), x.shape),
         axis_name=None if initializing else layer.axis_name,
         axis_index_groups=None if initializing else layer.axis_index_groups,
         virtual_batch_size=None if initializing else own.virtual_batch_size,

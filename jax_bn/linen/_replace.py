@@ -8,6 +8,7 @@ from typing import Any
 from flax import linen as nn
 import jax
 
+from jax_bn import _arguments
 from jax_bn.linen._batch_norm import BatchNorm, batch_normalized
 
 # `forward_mode` within the context, None outside. It is part of the key of JAX's caches, so that a
@@ -68,7 +69,7 @@ def replace_batch_norm(*, forward_mode: bool = False) -> Iterator[list[tuple[str
             "replace_batch_norm is entered within another replace_batch_norm, with "
             f"forward_mode={within.value}; expected one at a time: leave that one first"
         )
-    own = BatchNorm(forward_mode=bool(forward_mode), parent=None)
+    own = BatchNorm(forward_mode=_arguments.flag("forward_mode", forward_mode), parent=None)
     replaced: list[tuple[str, ...]] = []
 
     def interceptor(next_fun: Any, args: Any, kwargs: Any, context: nn.module.InterceptorContext):

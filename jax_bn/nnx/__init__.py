@@ -1,5 +1,6 @@
 """Flax NNX: the layers, and models with ours in the place of Flax's. Needs the extra `flax`."""
 
+from jax_bn import _needs_flax as _needs_flax
 from jax_bn.nnx._batch_norm import BatchNorm as BatchNorm
 from jax_bn.nnx._batch_renorm import BatchRenorm as BatchRenorm
 from jax_bn.nnx._replace import (

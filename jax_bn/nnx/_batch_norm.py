@@ -10,6 +10,7 @@ from flax.typing import Initializer
 import jax
 import jax.numpy as jnp
 
+from jax_bn import _arguments
 from jax_bn._batch_norm import batch_norm, normalize
 from jax_bn._shapes import feature_axes, flax_mask
 from jax_bn._statistics import count_batch, update_running_stats
@@ -116,21 +117,26 @@ class BatchNorm(nnx.Module):
                 f"activation={activation} is a module; expected a function without "
                 "parameters: apply the module to the result of this layer"
             )
-        shape = (num_features,)
+        shape = (_arguments.size("num_features", num_features),)
+        _arguments.inexact_dtype("dtype", dtype)
+        _arguments.inexact_dtype("param_dtype", param_dtype)
+        _arguments.function("promote_dtype", promote_dtype)
         self.mean = nnx.BatchStat(jnp.zeros(shape, jnp.float32))
         self.var = nnx.BatchStat(jnp.ones(shape, jnp.float32))
         if momentum is None:
             self.num_batches_tracked = nnx.BatchStat(jnp.zeros((), jnp.int32))
-        self.scale: nnx.Param[jax.Array] | None = (
-            nnx.Param(scale_init(rngs.params(), shape, param_dtype), **scale_metadata)
-            if use_scale
-            else nnx.data(None)
-        )
-        self.bias: nnx.Param[jax.Array] | None = (
-            nnx.Param(bias_init(rngs.params(), shape, param_dtype), **bias_metadata)
-            if use_bias
-            else nnx.data(None)
-        )
+
+        def param(name, used, init, metadata) -> nnx.Param[jax.Array] | None:
+            if not _arguments.flag(f"use_{name}", used):
+                return nnx.data(None)
+            if not callable(getattr(rngs, "params", None)):
+                raise TypeError(f"rngs is a {type(rngs).__name__}; expected nnx.Rngs(seed)")
+            init = _arguments.function(f"{name}_init", init)
+            metadata = _arguments.mapping(f"{name}_metadata", metadata, "that of an nnx.Param")
+            return nnx.Param(init(rngs.params(), shape, param_dtype), **metadata)
+
+        self.scale = param("scale", use_scale, scale_init, scale_metadata)
+        self.bias = param("bias", use_bias, bias_init, bias_metadata)
         self.num_features = num_features
         self.use_running_average = use_running_average
         self.axis = axis
@@ -179,7 +185,8 @@ class BatchNorm(nnx.Module):
                 "use_running_average is given nowhere: pass it to the constructor or to the call, "
                 "or set it with nnx.view, .train() or .eval()"
             )
-        x = jnp.asarray(x)
+        use_running_average = _arguments.flag("use_running_average", use_running_average)
+        x = _arguments.array("x", x)
         found = tuple(x.shape[a] for a in feature_axes(self.axis, x.ndim))
         if found != (self.num_features,):
             raise ValueError(
@@ -189,7 +196,7 @@ class BatchNorm(nnx.Module):
         mean, var = self.mean[...], self.var[...]
         scale = None if self.scale is None else self.scale[...]
         bias = None if self.bias is None else self.bias[...]
-        if self.freeze_affine:
+        if _arguments.flag("freeze_affine", self.freeze_affine):
             scale, bias = jax.lax.stop_gradient((scale, bias))
         px, _, _, pscale, pbias = self.promote_dtype((x, mean, var, scale, bias), dtype=self.dtype)
         common: dict[str, Any] = dict(
@@ -199,13 +206,13 @@ class BatchNorm(nnx.Module):
             activation=self.activation,
             dtype=dtypes.canonicalize_dtype(px, pscale, pbias, dtype=self.dtype),
         )
-        if use_running_average or self.freeze_statistics:
+        if use_running_average or _arguments.flag("freeze_statistics", self.freeze_statistics):
             return normalize(x, mean, var, scale, bias, **common)
         y, stats = self._in_training(mean, var)(
             x,
             scale=scale,
             bias=bias,
-            mask=None if mask is None else flax_mask(jnp.asarray(mask), x.shape),
+            mask=None if mask is None else flax_mask(_arguments.array("mask", mask), x.shape),
             axis_name=self.axis_name,
             axis_index_groups=self.axis_index_groups,
             virtual_batch_size=self.virtual_batch_size,

@@ -5,6 +5,7 @@ from typing import Any, TypeVar
 
 from flax import nnx
 
+from jax_bn import _arguments
 from jax_bn.nnx._batch_norm import BatchNorm
 
 Layer = TypeVar("Layer", bound=nnx.Module)
@@ -60,6 +61,7 @@ def replace_batch_norm(model: nnx.Pytree, *, forward_mode: bool = False) -> dict
         >>> list(restore_batch_norm(model)), type(model.layers[1]).__module__
         ([('layers', 1)], 'flax.nnx.nn.normalization')
     """
+    forward_mode = _arguments.flag("forward_mode", forward_mode)
     layers = _layers(model, nnx.BatchNorm, target=BatchNorm)
     for layer in layers.values():
         for name, default in OWN.items():
@@ -120,7 +122,7 @@ def _layers(model: Any, source: type[Layer], target: type[nnx.Module]) -> dict[P
     for path, node in nodes.items():
         if isinstance(node, source) and type(node) is not source:
             raise TypeError(
-                f"the layer at {path} is of class {type(node).__qualname__}, a subclass of "
+                f"model: the layer at {path} is of class {type(node).__qualname__}, a subclass of "
                 f"{_name(source)} whose own code would be lost; expected {_name(source)} itself: "
                 f"put a layer of {_name(target)} or of a class derived from it in its place"
             )

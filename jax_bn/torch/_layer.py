@@ -116,6 +116,10 @@ def to_torch(arrays: Mapping[str, Any], prefix: str) -> dict[str, np.ndarray]:
         >>> to_torch({"scale": jnp.ones(2)}, "layer1.bn")
         {'layer1.bn.weight': array([1., 1.], dtype=float32)}
     """
+    if not isinstance(arrays, Mapping):
+        raise TypeError(
+            f"arrays is a {type(arrays).__name__}; expected a mapping of our names to arrays"
+        )
     if not arrays or (arrays.keys() - NAMES.keys()):
         raise ValueError(
             f"arrays has {listed(arrays)}; expected some of {listed(NAMES)}, those of one layer"
