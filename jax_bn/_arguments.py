@@ -206,7 +206,8 @@ def static_epsilon(epsilon) -> float:
 
 def dtype_of_y(dtype, x: jax.Array) -> jnp.dtype:
     """`dtype`, or x's own."""
-    return jax.dtypes.canonicalize_dtype(inexact_dtype("dtype", dtype) or x.dtype)
+    known = inexact_dtype("dtype", dtype)
+    return jax.dtypes.canonicalize_dtype(x.dtype if known is None else known)
 
 
 def arithmetic_dtype(y_dtype, *arrays: jax.Array | None) -> jnp.dtype:
