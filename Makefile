@@ -4,7 +4,7 @@ VENV ?= .venv
 WORKERS ?= 2  # pytest processes
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test fuzz aot peers kill notebooks notebooks-write docs lint clean
+.PHONY: demo test fuzz coverage aot peers kill notebooks notebooks-write docs lint audit clean
 
 demo: $(VENV)/ready
 	$(RUN) examples/train_digits.py --out out/demo.png
@@ -21,6 +21,16 @@ fuzz: $(VENV)/ready
 	HYPOTHESIS_PROFILE=long $(RUN) -m pytest --hypothesis-show-statistics tests/test_properties.py
 	HYPOTHESIS_PROFILE=long $(RUN) -m pytest --hypothesis-show-statistics \
 	  tests/devices/test_properties.py
+
+# Which lines and branches of jax_bn all the tests together miss; fails below the bound in
+# pyproject.toml.
+coverage: $(VENV)/ready
+	$(RUN) -m coverage erase
+	$(RUN) -m coverage run -m pytest -n $(WORKERS) tests
+	$(RUN) -m coverage run -m pytest -n $(WORKERS) tests/devices
+	$(RUN) -m coverage run -m pytest -n $(WORKERS) tests/kernels
+	$(RUN) -m coverage combine --quiet
+	$(RUN) -m coverage report
 
 # Counts memory traffic on an H200 and on TPUs, with their compilers, which need no such device but
 # 1.3 GB of packages: in an environment of their own, since JAX looks for a device once they are there.
@@ -60,6 +70,13 @@ lint: $(VENV)/ready
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pyright --pythonpath $(RUN)
+
+# Known vulnerabilities of what is installed for development, from a database on the network.
+audit: $(VENV)/ready
+	$(PYTHON) -m venv $(VENV)-audit
+	$(VENV)-audit/bin/python -m pip install --quiet pip-audit
+	$(RUN) -m pip freeze --exclude-editable >$(VENV)-audit/frozen.txt
+	$(VENV)-audit/bin/python -m pip_audit --requirement $(VENV)-audit/frozen.txt --no-deps --disable-pip --strict
 
 $(VENV)-aot/ready: $(VENV)/ready
 	$(PYTHON) -m venv $(VENV)-aot
