@@ -9,6 +9,7 @@ bit.
 import argparse
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+import importlib
 import json
 from pathlib import Path
 import sys
@@ -21,7 +22,7 @@ from tqdm import tqdm
 
 from benchmarks import record, stress_cases, stress_report, torch_peers
 from benchmarks.failures import OURS, attempt
-from benchmarks.peers import FLAX, PEERS, Peer, loose, why_missing
+from benchmarks.peers import FLAX, PEERS, Peer, loose
 from benchmarks.stress_cases import Case, Exact
 
 TWO_SWEEPS, DEFINITION, TORCH = f"{FLAX} two sweeps", "definition", "torch"
@@ -42,12 +43,11 @@ Results = dict[str, Any]  # by quantity
 
 def missing(names: Iterable[str]) -> dict[str, str]:
     """Which implementations are not here, and why."""
-    judged = {n: torch_peers.why_missing() if n == TORCH else _why_missing(n) for n in names}
-    return {name: why for name, why in judged.items() if why}
-
-
-def _why_missing(name: str) -> str | None:
-    return why_missing(FLAX if name == TWO_SWEEPS else name)
+    absent: dict[str, str] = {}
+    for name in names:
+        with attempt(name, absent):
+            importlib.import_module(TORCH if name == TORCH else JUDGED[name].needs)
+    return absent
 
 
 def program(name: str, shape: tuple[int, ...], dtype, gradients: bool) -> Callable[..., Results]:

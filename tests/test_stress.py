@@ -7,9 +7,9 @@ import pytest
 
 from benchmarks import stress, stress_cases, stress_report
 from benchmarks.failures import OURS
-from benchmarks.stress import FLAX, TWO_SWEEPS
+from benchmarks.stress import DEFINITION, FLAX
 
-JUDGES = (OURS, FLAX, TWO_SWEEPS, stress.DEFINITION)
+JUDGES = (OURS, FLAX, DEFINITION)
 
 
 @cache
