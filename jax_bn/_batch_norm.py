@@ -127,13 +127,13 @@ def batch_norm(
     caller as ever; under `check_vma=True` they are summed already where scale and bias are shared.
 
     `implementation="mosaic_gpu"` wants jax 0.11, a GPU of compute capability 9.0, the features on
-    the last axis, bfloat16, float16 or float32 for x, y and residual alike, a number of features
-    that divides 256 or is a multiple of it up to 8192, a number of examples divisible by 4 (2 in
-    float32), times 256/features where there are fewer; relu, leaky_relu or no activation, no mask.
-    First derivatives are its own, higher ones and tangents XLA's. It runs on one device, under
-    `vmap`, and under `shard_map(check_vma=False)`; `check_vma=True`, and a program that the
-    compiler partitions, are refused. It has been compiled for an H200 and interpreted, and not yet
-    run or timed on a GPU.
+    the last axis and at most 8192 of them, bfloat16, float16 or float32 for x, y and residual
+    alike, a number of elements divisible by 8 (4 in float32), so any number of examples where that
+    of the features is; relu, leaky_relu or no activation, no mask. First derivatives are its own,
+    higher ones and tangents XLA's. It runs on one device, under `vmap`, and under
+    `shard_map(check_vma=False)`; `check_vma=True`, and a program that the compiler partitions, are
+    refused. It has been compiled for an H200 and interpreted, and not yet timed on a GPU: None will
+    not pick it before a committed measurement shows it faster.
 
     Source: "Deriving Batch-Norm Backprop Equations"; Ioffe and Szegedy 2015 for the layer; Chan,
     Golub and LeVeque 1983 for the variance.

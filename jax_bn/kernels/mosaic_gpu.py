@@ -90,7 +90,7 @@ def normalize(x, mean, rstd, scale, bias, residual=None, *, activation=None, dty
         return (z if activation is None else _sided(activation, z, z),)
 
     arrays = (x,) if residual is None else (x, residual)
-    (y,) = _written(terms, arrays, (mean, _times(rstd, scale), bias), 1, "bn_normalize")
+    (y,) = _written(terms, arrays, _affine(mean, rstd, scale, bias), 1, "bn_normalize")
     return y
 
 
@@ -99,7 +99,8 @@ def grad_sums(dy, kept: Kept, *, activation=None, axes: Axes):
     del axes  # all but the last
 
     def terms(x, dy, *others):
-        dz, mean = _dz(activation, x, dy, others)
+        *y, mean, a, bias = others
+        dz = _dz(activation, x, dy, y, mean, a, bias)
         return dz, dz * (x - mean)
 
     s, along = _sums(terms, *_operands(dy, kept, activation), "bn_grad_sums")
@@ -114,13 +115,13 @@ def grad_input(dy, kept: Kept, sums, *, activation=None, dtype):
     with_dz = activation is not None and kept.y is not None
 
     def terms(x, dy, *others):
-        *others, a, constant, slope = others
-        dz, mean = _dz(activation, x, dy, others)
+        *y, mean, a, bias, constant, slope = others
+        dz = _dz(activation, x, dy, y, mean, a, bias)
         dx = a * dz - constant - slope * (x - mean)
         return (dx, dz) if with_dz else (dx,)
 
     arrays, vectors = _operands(dy, kept, activation)
-    vectors += _times(kept.rstd, kept.scale), constant, slope
+    vectors += constant, slope
     dx, *dz = _written(terms, arrays, vectors, 1 + with_dz, "bn_grad_input")
     if with_dz:
         return dx, dz[0].astype(jnp.float32)
@@ -131,26 +132,25 @@ def grad_input(dy, kept: Kept, sums, *, activation=None, dtype):
 STAGES = Stages(moments, normalize, grad_sums, grad_input)
 
 
+def _affine(mean, rstd, scale, bias) -> tuple:
+    """mean, a and bias of z = (x - mean)*a + bias; the same for three kernels, so packed once."""
+    bias = jnp.zeros_like(mean) if bias is None else bias
+    return mean, rstd if scale is None else rstd * scale, bias
+
+
 def _operands(dy, kept: Kept, activation) -> tuple[tuple, tuple]:
-    """Arrays and vectors of a backward stage, as `_dz` takes them."""
-    if activation is None:
-        return (kept.x, dy), (kept.mean,)
-    if kept.y is not None:
-        return (kept.x, dy, kept.y), (kept.mean,)
-    return (kept.x, dy), (kept.mean, _times(kept.rstd, kept.scale), kept.bias)
+    """Arrays and vectors of a backward stage: y where z cannot be computed again from x."""
+    with_y = activation is not None and kept.y is not None
+    arrays = (kept.x, dy, kept.y) if with_y else (kept.x, dy)
+    return arrays, _affine(kept.mean, kept.rstd, kept.scale, kept.bias)
 
 
-def _dz(activation, x, dy, others):
-    """dz = dy*activation'(z), and the mean. z has the sign of y, or is computed again."""
+def _dz(activation, x, dy, y, mean, a, bias):
+    """dz = dy*activation'(z). `y`: [y], which has z's sign, or [] and z is computed again."""
     if activation is None:
-        (mean,) = others
-        return dy, mean
-    if len(others) == 2:
-        z, mean = others
-    else:
-        mean, a, bias = others
-        z = (x - mean) * a + bias
-    return _sided(activation, z, dy), mean
+        return dy
+    (z,) = y or [(x - mean) * a + bias]
+    return _sided(activation, z, dy)
 
 
 def _sided(activation, z, v):
@@ -161,20 +161,13 @@ def _sided(activation, z, v):
     return jnp.where(z < 0 if sides.closed else z <= 0, below, v)
 
 
-def _times(v, scale):
-    return v if scale is None else v * scale
-
-
 def _sums(terms: Callable, arrays, vectors, name: str) -> list:
     """The sums over the examples of both arrays that `terms` makes. :: [1, C] twice"""
-    features = arrays[0].shape[-1]
-    partial_sums, cut = stream(terms, arrays, vectors, 2, 0, name)
-    s = jnp.sum(partial_sums[0], 1)  # (slabs, 2, COLUMNS)
-    s = jnp.swapaxes(s, 0, 1).reshape(2, cut.side_by_side, features).sum(1)
-    return [v.reshape(vectors[0].shape) for v in s]
+    sums = stream(terms, arrays, vectors, 2, 0, name)
+    return [s.reshape(vectors[0].shape) for s in sums]
 
 
 def _written(terms: Callable, arrays, vectors, outputs: int, name: str) -> list:
     """The arrays that `terms` makes, in x's dtype. :: [N, C] each"""
-    written, _ = stream(terms, arrays, vectors, 0, outputs, name)
+    written = stream(terms, arrays, vectors, 0, outputs, name)
     return [v.reshape(arrays[0].shape) for v in written]

@@ -8,8 +8,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks.compiled import collectives_in, described_h200s, seen_by_pallas
+from benchmarks.compiled import (
+    collectives_in,
+    described_h200s,
+    kernels as launched,
+    seen_by_pallas,
+)
 import jax_bn
+from jax_bn.kernels import _stream
 from jax_bn.kernels._stream import tiling
 
 NAMES = ("bn_moments", "bn_normalize", "bn_grad_sums", "bn_grad_input")
@@ -18,7 +24,10 @@ RESNET50 = [  # at batch 256: edge and features
     (7, 2048),
 ]  # fmt: skip
 SIZES = [(256, edge, edge, features) for edge, features in RESNET50]
-SIZES += [(32, 7, 7, 2048), (256, 1024), (8192, 1024), (65536, 512)]
+FEW = [(32, 7, 7, 2048), (256, 1024)]
+SIZES += [*FEW, (8192, 1024), (65536, 512)]
+# Of other networks; and any number of examples, so that the last tile reaches beyond x.
+SIZES += [(128, 56, 56, 24), (100, 7, 7, 960), (31, 35, 35, 192), (1000, 3)]
 
 
 def block(x, residual, dy, scale, bias):
@@ -46,7 +55,8 @@ def test_compiles_without_spills(dtype, for_h200, monkeypatch, capfd):
             assert len(calls) == 1, (shape, name, len(calls))
         itemsize, features = jnp.dtype(dtype).itemsize, shape[-1]
         examples = math.prod(shape[:-1])
-        different.add(tuple(tiling(examples, features, itemsize, n)[1:] for n in (1, 2, 3)))
+        cuts = (tiling(examples, features, itemsize, n) for n in (1, 2, 3))
+        different.add(tuple(cut._replace(side_by_side=0) for cut in cuts))  # no kernel knows it
     said = "".join(capfd.readouterr())
     for name in NAMES:
         assert said.count(f"'{name}_mosaic_gpu_kernel' for 'sm_90a'") == len(different)
@@ -54,6 +64,34 @@ def test_compiles_without_spills(dtype, for_h200, monkeypatch, capfd):
     assert len(spilled) == 2 * len(NAMES) * len(different) and not any(map(int, spilled))
     # Two blocks of 256 threads on an SM leave 128 registers to each thread.
     assert all(int(r) <= 128 for r in re.findall(r"Used (\d+) registers", said))
+
+
+@pytest.mark.parametrize("size", FEW)
+def test_launches(size, for_h200):
+    """Where the arrays are small, launches decide: beside the kernels as few as can be.
+
+    Forward: the shift, a kernel, its blocks' sums, what the second kernel takes of each feature.
+    Backward the same, but for the first of them, and dscale and dbias.
+    """
+
+    def forward(x, scale, bias):
+        options: Any = dict(activation=jax.nn.relu, implementation="mosaic_gpu")
+        return jax_bn.batch_norm(x, scale, bias, **options)[0]
+
+    def vjp(*args):
+        return jax.vjp(forward, *args)[1]
+
+    x, _, _, *vectors = arguments(size, "bfloat16")
+    with seen_by_pallas():
+        pull = jax.eval_shape(vjp, x, *vectors)
+    assert launched(for_h200(forward, x, *vectors)) == 3 + 2
+    assert launched(for_h200(lambda pull, dy: pull(dy), pull, x)) == 4 + 2
+
+
+def test_a_tile_too_large_for_the_h200(for_h200, monkeypatch):
+    monkeypatch.setattr(_stream, "TILE_BYTES", 2**17)
+    with pytest.raises(ValueError, match="exceeds available shared memory"):
+        for_h200(block, *arguments((256, 14, 14, 192), "bfloat16"))
 
 
 def test_what_the_compiler_would_partition_is_refused(for_h200):

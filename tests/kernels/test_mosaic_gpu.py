@@ -42,8 +42,10 @@ def step(f, x, residual, dy, scale, bias, *, activation, fused):
         ((4, 4, 4, 64), "bfloat16", jax.nn.relu, True),
         ((32, 512), "float32", LEAKY, False),
         ((32, 256), "float16", None, True),
+        ((3, 7, 7, 24), "bfloat16", jax.nn.relu, True),
+        ((10, 96), "float32", jax.nn.relu, False),
     ],
-    ids=["few features", "several slabs", "nothing after"],
+    ids=["few features", "several slabs", "nothing after", "odd examples", "beyond x"],
 )
 def test_the_whole_operation(shape, dtype, activation, fused, hopper, monkeypatch):
     # One block and small tiles: each warpgroup goes round its ring.
@@ -56,6 +58,31 @@ def test_the_whole_operation(shape, dtype, activation, fused, hopper, monkeypatc
     of_xla = step(batch_norm, x, residual, dy, scale, bias, **options)
     oracle = in_float64(partial(step, batch_norm, **options), x, residual, dy, scale, bias)
     assert_as_accurate(actual, of_xla, oracle, x.size // shape[-1])
+
+
+# Of networks that are in use: MobileNet, EfficientNet, DenseNet, Inception.
+FEATURES = [16, 24, 32, 40, 48, 72, 80, 96, 112, 144, 160, 192, 240, 320, 384, 480, 576, 640, 672]
+FEATURES += [960, 1152, 1280, 1920, 64, 256, 2048, 8192, 8]
+EXAMPLES = [n * edge**2 for n in (1, 2, 32, 100, 128, 255) for edge in (1, 7, 17, 35, 56, 149)]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_every_number_of_x_is_in_one_tile(dtype):
+    """Whatever the number of examples, and for odd numbers of features too."""
+    itemsize = jnp.dtype(dtype).itemsize
+    odd = [(8 * n, features) for n in (1, 3, 32) for features in (1, 3, 5, 1001, 8191)]
+    for examples, features in [(n, c) for n in EXAMPLES for c in FEATURES] + odd:
+        for inputs in (1, 2, 3):
+            cut = _stream.tiling(examples, features, itemsize, inputs)
+            assert cut.rows * cut.side_by_side == examples
+            assert cut.slabs * cut.columns == features * cut.side_by_side
+            assert cut.tiles - 1 < cut.rows / cut.tile <= cut.tiles
+            # What TMA and the registers take.
+            assert cut.columns <= 256 and cut.tile <= 256 and cut.columns * itemsize % 16 == 0
+            assert cut.run * cut.columns * itemsize == 128 * 16 and cut.tile % cut.run == 0
+            bytes_of_slots = inputs * cut.tile * cut.columns * itemsize
+            assert bytes_of_slots <= max(_stream.TILE_BYTES, inputs * 2048)
+            assert 1 <= cut.blocks * cut.slabs <= max(_stream.BLOCKS, cut.slabs)
 
 
 def test_second_derivatives_are_those_of_xla(hopper):

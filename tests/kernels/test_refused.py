@@ -50,10 +50,9 @@ def test_no_gpu():
         (X, dict(residual=X.astype(jnp.float16)), "'float16'.*expected one of"),
         (X, dict(activation=jax.nn.gelu), "expected jax.nn.relu"),
         (X.astype(complex), {}, "complex64"),
-        (jnp.ones((64, 3)), {}, "64 examples of 3 features; expected a number of features that"),
-        (jnp.ones((64, 384)), {}, "384 features"),
-        (jnp.ones((63, 256)), {}, "a number of examples divisible by 2"),
-        (jnp.ones((64, 1)), {}, "a number of examples divisible by 512"),
+        (jnp.ones((2, 8193)), {}, "2 examples of 8193 features; expected at most 8192 features"),
+        (jnp.ones((63, 3)), {}, "63 examples of 3 features; .* elements divisible by 4: 16 bytes"),
+        (jnp.ones((9, 4), jnp.bfloat16), {}, "a number of elements divisible by 8: 16 bytes"),
     ],
 )
 def test_refused(x, options, message, hopper):
