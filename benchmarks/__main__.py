@@ -23,7 +23,7 @@ SETTINGS = {  # the allocator's are those of glibc; other C libraries ignore the
 }
 
 
-def _names(text: str, known: Sequence[str]) -> list[str]:
+def chosen(text: str, known: Sequence[str]) -> list[str]:
     names = [name.strip() for name in text.split(",")]
     if unknown := [name for name in names if name not in known]:
         raise argparse.ArgumentTypeError(f"{unknown[0]!r}; expected some of: {', '.join(known)}")
@@ -37,7 +37,7 @@ def _shape(text: str) -> tuple[int, ...]:
     return tuple(map(int, sizes))
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     if not (text.isdecimal() and int(text) > 0):
         raise argparse.ArgumentTypeError(f"{text!r}; expected a whole number > 0")
     return int(text)
@@ -68,7 +68,7 @@ def options() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
         return made[name]
 
     def some(known: Sequence[str], unless: str) -> dict:
-        return dict(type=lambda text: _names(text, known), default=unless, metavar="A,B")
+        return dict(type=lambda text: chosen(text, known), default=unless, metavar="A,B")
 
     run = command("run", "measure: the default")
     run.add_argument("--quick", action="store_true", help="a few shapes, in less than two minutes")
@@ -76,8 +76,8 @@ def options() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParse
     run.add_argument("--implementations", **some(NAMES, ",".join(NAMES)), help="which to compare")
     run.add_argument("--dtypes", **some(DTYPES, ",".join(DTYPES)), help="of x")
     run.add_argument("--shape", type=_shape, action="append", help="of x, instead of the usual")
-    run.add_argument("--rounds", type=_positive, help="instead of as many as the time allows")
-    run.add_argument("--max-elements", type=_positive, default=2**27, help="of x, in scaling")
+    run.add_argument("--rounds", type=positive, help="instead of as many as the time allows")
+    run.add_argument("--max-elements", type=positive, default=2**27, help="of x, in scaling")
     results = Path(__file__).parent / "results"
     run.add_argument("--out", type=_folder, default=results, help="folder of the results")
     compare = command("compare", "what changed between two results, beyond the noise")

@@ -16,7 +16,6 @@ from benchmarks.measure import MOST_COPIES, counted, row
 from benchmarks.peers import FLAX, loose, why_missing
 from benchmarks.timing import Effort, Program, time_all
 
-CLASSES = 10
 ROTATE = 2**26  # bytes of images
 LEARNING_RATE, MOMENTUM = 1e-3, 0.9
 
@@ -28,6 +27,9 @@ class Size(NamedTuple):
     width: int
     batch: int
     edge: int
+    bottleneck: bool = False
+    small_images: bool = True
+    classes: int = 10
 
 
 FULL = Size((2, 2, 2, 2), 16, 64, 32)  # a narrow ResNet-18
@@ -50,20 +52,22 @@ def _why_not(name: str, layers: dict) -> str | None:
     return "the network takes Flax Linen layers: another one would be compared, or another network"
 
 
-def _program(layer: Callable, fused: bool, size: Size, dtype: str):
+def program(
+    layer: Callable, fused: bool, size: Size, dtype: str
+) -> tuple[Program, jax.stages.Compiled]:
     sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
     try:
         from models.resnet import ResNet
     finally:
         sys.path.pop(0)
     options: dict[str, Any] = dict(
-        stage_sizes=size.stages, bottleneck=False, classes=CLASSES, width=size.width,
-        small_images=True, dtype=dtype,
+        stage_sizes=size.stages, bottleneck=size.bottleneck, classes=size.classes,
+        width=size.width, small_images=size.small_images, dtype=dtype,
     )  # fmt: skip
     network = ResNet(batch_norm=layer, fused=fused, **options)
     key = jax.random.key(0)
     images = jax.random.normal(key, (size.batch, size.edge, size.edge, 3), dtype)
-    labels = jax.random.randint(key, (size.batch,), 0, CLASSES)
+    labels = jax.random.randint(key, (size.batch,), 0, size.classes)
     shapes: Any = jax.eval_shape(partial(network.init, train=True), key, images)
     variables = _values(shapes)
 
@@ -86,7 +90,7 @@ def _program(layer: Callable, fused: bool, size: Size, dtype: str):
     copies = min(MOST_COPIES, math.ceil(ROTATE / images.nbytes))
     args = [(params, stats, velocity, jnp.copy(images), labels) for _ in range(copies)]
     compiled = jax.jit(step).lower(*args[0]).compile()
-    return Program(compiled, args), counted(compiled)
+    return Program(compiled, args), compiled
 
 
 def _values(shapes: Any) -> Any:
@@ -117,7 +121,8 @@ def measured(
                 reasons[name] = why
                 continue
             with attempt(name, reasons):
-                programs[name], counts[name] = _program(*layers[name], size, dtype)
+                programs[name], compiled = program(*layers[name], size, dtype)
+                counts[name] = counted(compiled)
         timings, failed = time_all(programs, FLAX, effort)
     rows = [
         case | dict(implementation=name, bound_seconds=None) | row(t) | counts[name]

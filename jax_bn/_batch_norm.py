@@ -132,8 +132,8 @@ def batch_norm(
     of the features is; relu, leaky_relu or no activation, no mask. First derivatives are its own,
     higher ones and tangents XLA's. It runs on one device, under `vmap`, and under
     `shard_map(check_vma=False)`; `check_vma=True`, and a program that the compiler partitions, are
-    refused. It has been compiled for an H200 and interpreted, and not yet timed on a GPU: None will
-    not pick it before a committed measurement shows it faster.
+    refused. It has been compiled for an H200 and interpreted, and not yet run or timed on a GPU, so
+    None stays with XLA's; `python -m benchmarks.gpu` is what to run first.
 
     Source: "Deriving Batch-Norm Backprop Equations"; Ioffe and Szegedy 2015 for the layer; Chan,
     Golub and LeVeque 1983 for the variance.

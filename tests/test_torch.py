@@ -13,7 +13,9 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tolerance import assert_as_accurate, in_float64
 
+from benchmarks import gpu_programs, measure
 import jax_bn.linen
 import jax_bn.nnx
 from jax_bn.torch import (
@@ -511,3 +513,35 @@ def test_the_example_refuses_bad_options(example, capsys, option):
     with pytest.raises(SystemExit):
         example.main([f"{option}=-1"])
     assert f"argument {option}: '-1'; expected" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("after", gpu_programs.AFTER)
+def test_what_the_gpu_benchmark_times_is_the_same(torch, after, dtype):
+    """Forward, backward and both together, each beside ours."""
+    del torch  # it is here
+    after = gpu_programs.AFTER[after]
+    data = gpu_programs.inputs((8, 3, 3, 16), dtype, after, rotated=1)
+    (xs, dy), *_ = data.pairs
+
+    def results(name, what):
+        program = gpu_programs.program(name, what, after, data)
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            return jax.tree.leaves(program.call(*program.arguments[0]))
+
+    def as_ours(t):
+        t = t.detach().movedim(1, -1) if t.ndim > 2 else t.detach()
+        return jnp.asarray(t.float().numpy(), dtype if t.ndim > 2 else "float32")
+
+    ours = gpu_programs.peer(gpu_programs.OURS, after)
+    apply, state = ours.make(xs)
+    y, _, gradients = in_float64(
+        measure.functions(ours, apply)["step"], xs, dy, data.scale, data.bias, state
+    )
+    oracle = [y, *jax.tree.leaves(gradients)]
+    definition = results(gpu_programs.FLAX, "step")
+    del definition[1:3]  # the averages
+    timed = gpu_programs.TORCH
+    apart = [*results(timed, "forward"), *results(timed, "backward")]
+    for tensors in (results(timed, "step"), apart):
+        assert_as_accurate([as_ours(t) for t in tensors], definition, oracle, 72)

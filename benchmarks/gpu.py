@@ -1,0 +1,113 @@
+"""`python -m benchmarks.gpu` measures on a Hopper GPU: the kernels beside XLA, Flax and PyTorch.
+
+First every kernel is checked (`gpu_checks`): if one does not end, errs, or gives other bits another
+time, nothing is timed. Then batch normalization at the shapes of a ResNet-50 and a few others, with
+what follows it, and a training step of a ResNet-50. It is made for ten minutes: each shape gets its
+share of the time that is left, and what gets none is named. The result is one JSON file, rewritten
+after each section, so that what was measured is there if the machine goes; and a table of it.
+
+`--dry-run` goes the whole way on any machine: tiny arrays, the kernels interpreted. Its times mean
+nothing.
+"""
+
+import argparse
+from collections.abc import Sequence
+import os
+from pathlib import Path
+
+import jax
+
+from benchmarks.__main__ import chosen, positive
+from benchmarks.gpu_programs import COPY, IMPLEMENTATIONS
+from benchmarks.gpu_run import SECTIONS, Run, label
+from benchmarks.peers import FLAX
+from benchmarks.report import table
+from jax_bn import _implementation
+
+
+def options() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu",
+        description="Checks and times the kernels on a Hopper GPU, beside XLA, Flax and PyTorch.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--quick", action="store_true", help="three shapes, with relu and residual")
+    parser.add_argument(
+        "--only", type=lambda text: chosen(text, SECTIONS), default=",".join(SECTIONS),
+        metavar="A,B", help="sections to time",
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, default="out/gpu.json", help="the file of the result")
+    parser.add_argument("--repetitions", type=positive, default=1000, help="of each check")
+    parser.add_argument("--seconds", type=positive, default=540, help="for all of it")
+    parser.add_argument("--dry-run", action="store_true", help="tiny arrays, interpreted: no times")
+    return parser
+
+
+def why_not_here(dry_run: bool) -> str | None:
+    """Why it cannot run here; None where it can."""
+    if jax.__version_info__ < _implementation.OLDEST_JAX:
+        return f"jax is {jax.__version__}; the kernels want 0.11 or later"
+    if dry_run:
+        return None
+    from jax_bn.kernels import mosaic_gpu
+
+    if why := mosaic_gpu.why_not_here():
+        return f"{why}. --dry-run goes the whole way without one, and times nothing"
+    return None
+
+
+def markdown(result: dict) -> str:
+    """The times as tables, one for each dtype, and what was not measured."""
+    parts = [f"{result['device']['kind']}, {result['date']}, commit {result['commit']}"]
+    parts.append(f"Checks passed: {len(result['checks'])}. The run: {result['ended']}.")
+    if result["settings"]["dry_run"]:
+        parts.append("A dry run: the times are those of an interpreter and mean nothing.")
+    parts.append(
+        "Each cell: median time, how many times as fast as Flax's layer, and the bandwidth of the "
+        "fewest passes over x as a share of a copy's."
+    )
+    names = (*IMPLEMENTATIONS, COPY)
+    for dtype in dict.fromkeys(row["dtype"] for row in result["times"]):
+        lines: dict[tuple, dict[str, str]] = {}
+        for row in (r for r in result["times"] if r["dtype"] == dtype):
+            case = (label(row["shape"]), row["after"], row["measure"])
+            lines.setdefault(case, {})[row["implementation"]] = _cell(row)
+        body = [[*case, *(cells.get(n, "-") for n in names)] for case, cells in lines.items()]
+        parts.append(f"## {dtype}\n\n" + table(["x", "then", "measure", *names], body))
+    if result["not_measured"]:
+        reasons = dict.fromkeys(
+            f"- {row.get('implementation', label(row['shape']))}: {row['reason']}"
+            for row in result["not_measured"]
+        )
+        parts.append("## Not measured\n\n" + "\n".join(reasons))
+    return "\n\n".join(parts)
+
+
+def _cell(row: dict) -> str:
+    cell = f"{1e3 * row['seconds']['median']:.3f} ms"
+    if row["over_flax"] and row["implementation"] not in (FLAX, COPY):
+        cell += f", {1 / row['over_flax']['median']:.2f} x"
+    if row["implementation"] == COPY:
+        return f"{cell}, {row['terabytes_per_second']:.2f} TB/s"
+    return cell + (f", {row['over_copy']:.0%}" if "over_copy" in row else "")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    parser = options()
+    args = parser.parse_args(argv)
+    args.only = [section for section in SECTIONS if section in args.only]
+    if args.dry_run:  # or Pallas's interpreter, which has a thread for each of the GPU's, deadlocks
+        os.environ.setdefault("NPROC", "64")
+        args.repetitions = min(args.repetitions, 2)
+    if why := why_not_here(args.dry_run):
+        parser.error(why)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    run = Run(args)
+    run.all()
+    print(markdown(run.result))
+    print(f"\nwrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,269 @@
+"""A run of `benchmarks.gpu`: the checks, then each section; the file is rewritten as it grows."""
+
+import argparse
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import partial
+from itertools import product
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from benchmarks import gpu_checks, gpu_programs, record, resnet, torch_peers
+from benchmarks.failures import OURS, attempt
+from benchmarks.gpu_programs import AFTER, COPY, IMPLEMENTATIONS, KERNELS, MEASURES, TORCH
+from benchmarks.measure import COLD
+from benchmarks.peers import FLAX, loose
+from benchmarks.timing import Effort, Timing, time_all
+
+Shape = tuple[int, ...]
+RESNET50 = [  # at batch 256: edge and features of what its layers normalize
+    (112, 64), (56, 64), (56, 256), (28, 128), (28, 512), (14, 256), (14, 1024), (7, 512),
+    (7, 2048),
+]  # fmt: skip
+SHAPES: list[Shape] = [(256, edge, edge, features) for edge, features in RESNET50]
+SHAPES += [(8192, 1024), (65536, 512), (256, 1024), (32, 7, 7, 2048)]
+QUICK: list[Shape] = [(256, 56, 56, 64), (256, 14, 14, 1024), (256, 1024)]
+CHECKED: list[Shape] = [*QUICK, (32, 7, 7, 2048), (65536, 512), (101, 7, 7, 24)]
+TIMED = ("nothing", "residual, relu")  # of AFTER; checked is each
+SECTIONS = ("bfloat16", "resnet", "float32")  # in this order
+FOR_RESNET = 120  # s that are kept for it
+CLOCKS = (
+    "driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.draw,power.limit,"
+    "temperature.gpu"
+)
+
+
+class Plan(NamedTuple):
+    """What to do, and with how much effort."""
+
+    checked: list[Shape]
+    shapes: list[Shape]
+    network: resnet.Size
+    after_in_checks: tuple[str, ...] = tuple(AFTER)
+    after: tuple[str, ...] = TIMED
+    rotated: int = COLD  # bytes
+    rounds: tuple[int, int] = (7, 101)  # at least, at most
+    sample_seconds: float = 0.003
+    for_resnet: float = 20  # s to time it
+    limit: float = 120  # s for a check or a shape: far beyond what any takes
+    here: Callable[[], Any] = nullcontext  # a context for whatever calls a kernel
+
+
+RESNET = resnet.Size((3, 4, 6, 3), 64, 256, 224, bottleneck=True, small_images=False, classes=1000)
+FULL = Plan(CHECKED, SHAPES, RESNET)
+FAST = Plan(QUICK, QUICK, RESNET, after=TIMED[1:])
+TINY: list[Shape] = [(8, 256)]
+DRY = Plan(
+    TINY, TINY, resnet.Size((), 8, 4, 8, classes=4), TIMED[1:], TIMED[1:], rotated=1,
+    rounds=(2, 2), sample_seconds=0, for_resnet=0, limit=3600, here=gpu_programs.interpreted,
+)  # fmt: skip
+
+
+class Run:
+    """A run and its result."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args = args
+        self.plan = DRY if args.dry_run else FAST if args.quick else FULL
+        self.end = time.monotonic() + args.seconds
+        settings = {k: v for k, v in vars(args).items() if k != "out"}
+        settings |= dict(rotated_bytes=self.plan.rotated, rounds=self.plan.rounds)
+        self.result: dict[str, Any] = record.here() | dict(settings=settings, clocks={})
+        self.result |= dict(checks=[], times=[], not_measured=[], ended="it was cut off")
+
+    def all(self) -> None:
+        self.clocks("before")
+        self.checks()
+        tasks = [
+            (section, shape)
+            for section in self.args.only
+            for shape in ([None] if section == "resnet" else self.plan.shapes)
+        ]
+        for i, (section, shape) in enumerate(tasks):
+            if shape is None:
+                self.resnet()
+                continue
+            shapes_left = [s for _, s in tasks[i:] if s is not None]
+            reserved = FOR_RESNET if len(shapes_left) < len(tasks[i:]) else 0
+            left = self.end - time.monotonic() - reserved
+            self.shape(section, shape, left / len(shapes_left))
+        self.clocks("after")
+        self.result["ended"] = "complete"
+        self.write()
+
+    def write(self) -> None:
+        """The file, whole at every moment."""
+        part = self.args.out.with_suffix(".part")
+        part.write_text(json.dumps(self.result, indent=1) + "\n")
+        part.replace(self.args.out)
+
+    def clocks(self, when: str) -> None:
+        """As the driver's own program reads them, or why it does not."""
+        command = ["nvidia-smi", f"--query-gpu={CLOCKS}", "--format=csv,noheader"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+            read: Any = [line.split(", ") for line in done.stdout.strip().splitlines()]
+            found: Any = [dict(zip(CLOCKS.split(","), values, strict=True)) for values in read]
+        except (OSError, subprocess.SubprocessError, ValueError) as e:
+            found = f"not read: {e}"
+        self.result["clocks"][when] = found
+        self.write()
+
+    def give_up(self, why: str) -> None:
+        """Ends the process at once: its main thread may wait forever."""
+        self.result["ended"] = why
+        self.write()
+        print(f"{why}; see {self.args.out}", file=sys.stderr, flush=True)
+        os._exit(3)
+
+    def say(self, what: str) -> None:
+        print(f"{self.end - time.monotonic():4.0f} s left: {what}", file=sys.stderr, flush=True)
+
+    def checks(self) -> None:
+        """All of them, or the end of the run."""
+        dtypes = [s for s in self.args.only if s != "resnet"] or ["bfloat16"]
+        cases = list(product(self.plan.checked, dtypes, self.plan.after_in_checks))
+        self.say(f"compiling {len(cases)} checks")
+
+        def compiled(case):
+            shape, dtype, after = case
+            with self.plan.here():
+                return gpu_checks.Check.compiled(shape, dtype, AFTER[after])
+
+        with gpu_checks.limited(3 * self.plan.limit, "compiling the checks", self.give_up):
+            checks = side_by_side(compiled, cases)
+        for (shape, dtype, after), check in zip(cases, checks, strict=True):
+            what = f"check of {label(shape)} {dtype}, then {after}"
+            self.say(what)
+            with gpu_checks.limited(self.plan.limit, what, self.give_up), self.plan.here():
+                row = check.run(self.args.repetitions)
+            self.result["checks"].append(dict(shape=shape, dtype=dtype, after=after) | row)
+            if why := gpu_checks.why_wrong(row):
+                self.result["ended"] = f"{what}: {why}"
+                self.write()
+                raise SystemExit(f"{what}: {why}. Nothing is timed")
+            self.write()
+
+    def shape(self, dtype: str, shape: Shape, seconds: float) -> None:
+        """All measures of one shape, in about so many seconds."""
+        case = dict(shape=shape, dtype=dtype)
+        self.say(f"{label(shape)} {dtype}")
+        if seconds <= 0:
+            self.result["not_measured"].append(case | dict(reason="no time was left"))
+            self.write()
+            return
+        end, groups = time.monotonic() + seconds, len(self.plan.after) * len(MEASURES)
+        for after in self.plan.after:
+            with gpu_checks.limited(self.plan.limit, f"{label(shape)} {dtype}", self.give_up):
+                programs = self.programs(case | dict(after=after))
+                for measured in MEASURES:
+                    share = (end - time.monotonic()) / groups
+                    self.time(programs[measured], share, case | dict(after=after, measure=measured))
+                    groups -= 1
+            self.write()
+
+    def programs(self, case: dict) -> dict[str, dict]:
+        """By measure and name; compiled side by side, which takes longer than to time them."""
+        after = AFTER[case["after"]]
+        data = gpu_programs.inputs(case["shape"], case["dtype"], after, self.plan.rotated)
+
+        def make(which: tuple[str, str]):
+            (measured, name), failed = which, {}
+            if name == TORCH and (why := torch_peers.why_missing()):
+                return None, {name: why}
+            with attempt(name, failed), self.plan.here():
+                return gpu_programs.program(name, measured, after, data), failed
+            return None, failed
+
+        names = list(product(MEASURES, (COPY, *IMPLEMENTATIONS)))
+        made: dict[str, dict] = {measured: {} for measured in MEASURES}
+        for (measured, name), (program, failed) in zip(
+            names, side_by_side(make, names), strict=True
+        ):
+            if program:
+                made[measured][name] = program
+            self.failed(failed, case | dict(measure=measured))
+        return made
+
+    def resnet(self) -> None:
+        """A training step with Flax's layer, ours through XLA and ours through the kernels."""
+        from flax import linen
+
+        import jax_bn.linen
+
+        self.say("training step of a ResNet")
+        ours: Any = jax_bn.linen.BatchNorm
+        layers: dict[str, tuple[Callable, bool]] = {
+            FLAX: (linen.BatchNorm, False),
+            OURS: (ours, True),
+            KERNELS: (partial(ours, implementation="mosaic_gpu"), True),
+        }
+        size = self.plan.network
+        shape = (size.batch, size.edge, size.edge, 3)
+        case = dict(shape=shape, dtype="bfloat16", after="a ResNet", measure="training step")
+
+        def make(name: str):
+            failed: dict[str, str] = {}
+            with attempt(name, failed), self.plan.here(), loose():
+                return resnet.program(*layers[name], size, "bfloat16")[0], failed
+            return None, failed
+
+        with gpu_checks.limited(3 * self.plan.limit, "the ResNet", self.give_up):
+            made = dict(zip(layers, side_by_side(make, layers), strict=True))
+            for _, failed in made.values():
+                self.failed(failed, case)
+            programs = {name: program for name, (program, _) in made.items() if program}
+            self.time(programs, self.plan.for_resnet, case)
+        self.write()
+
+    def time(self, programs: dict, seconds: float, case: dict) -> None:
+        """Rows of one group of programs, in interleaved rounds."""
+        least, most = self.plan.rounds
+        effort = Effort(seconds, least, most, self.plan.sample_seconds)
+        with self.plan.here():
+            timings, failed = time_all(programs, FLAX, effort)
+        self.failed(failed, case)
+        self.result["times"] += rows(timings, case)
+
+    def failed(self, reasons: dict[str, str], case: dict) -> None:
+        lost = [case | dict(implementation=name, reason=why) for name, why in reasons.items()]
+        self.result["not_measured"] += lost
+
+
+def rows(timings: dict[str, Timing], case: dict) -> Iterator[dict]:
+    """What the file says of each: seconds, their ratio to Flax's, and a rate.
+
+    The rate is that of the fewest passes over x, whatever the program really moves; `over_copy`
+    is its ratio to that of the copy in the same rounds.
+    """
+    size = math.prod(case["shape"]) * jnp.dtype(case["dtype"]).itemsize
+    copied = timings.get(COPY)
+    for name, timing in timings.items():
+        row = case | dict(implementation=name, seconds=timing.seconds._asdict())
+        row |= dict(over_flax=timing.ratio and timing.ratio._asdict())
+        row |= dict(rounds=timing.rounds, calls=timing.calls)
+        if copied:
+            passes = 2 if name == COPY else AFTER[case["after"]].passes(case["measure"])
+            rate, of_copy = (
+                n * size / t.seconds.median for n, t in ((passes, timing), (2, copied))
+            )
+            row |= dict(passes=passes, terabytes_per_second=rate / 1e12, over_copy=rate / of_copy)
+        yield row
+
+
+def side_by_side(f: Callable, cases) -> list:
+    """f of each, in threads: what compiles is not held up by Python's lock."""
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        return list(pool.map(f, cases))
+
+
+def label(shape: Shape) -> str:
+    return "x".join(map(str, shape))
