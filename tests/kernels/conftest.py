@@ -24,6 +24,8 @@ def hopper():
         pytest.skip(f"the interpreter of Mosaic GPU wants jax 0.11; this is {jax.__version__}")
     if jax.default_backend() == "gpu":
         return nullcontext
+    if jax.__version_info__ < (0, 12):
+        pytest.skip(f"a race is an error from jax 0.12 on; this is {jax.__version__}")
     from jax.experimental.pallas import mosaic_gpu
 
     plgpu: Any = mosaic_gpu  # an older one, which has less, is skipped above
