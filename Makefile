@@ -18,7 +18,7 @@ test: $(VENV)/ready
 
 # Draws a thousand examples for each property, where `make test` draws eight; FUZZ_POOL=1 other calls.
 fuzz: $(VENV)/ready
-	HYPOTHESIS_PROFILE=long $(RUN) -m pytest --hypothesis-show-statistics tests/test_properties.py
+	HYPOTHESIS_PROFILE=long $(RUN) -m pytest --hypothesis-show-statistics tests/test_properties*.py
 	HYPOTHESIS_PROFILE=long $(RUN) -m pytest --hypothesis-show-statistics \
 	  tests/devices/test_properties.py
 

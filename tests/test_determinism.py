@@ -1,16 +1,15 @@
-"""Two runs give the same bits: forward, gradients, a whole training, and in another process.
+"""Two runs give the same bits: forward, gradients, a training; compiled anew, in another process.
 
 On one device. What changes with the number of devices: `devices/test_determinism.py`.
 """
 
-from functools import partial
+from dataclasses import replace
 import hashlib
 import json
 import os
 from pathlib import Path
 import subprocess
 import sys
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +19,10 @@ import pytest
 import jax_bn
 
 ROOT = Path(__file__).parents[1]
-SHAPE = 64, 32, 32, 8  # large enough for XLA to spread a sum over threads
+SHAPE = 32, 32, 32, 8  # large enough for XLA to spread a sum over threads
 CASES = {
     "float32": ("float32", False, False),
     "float32, masked, jit": ("float32", True, True),
-    "bfloat16, masked": ("bfloat16", True, False),
     "bfloat16, jit": ("bfloat16", False, True),
 }
 
@@ -72,30 +70,31 @@ def test_the_same_bits(case, in_another_process):
 
 @jax.numpy_dtype_promotion("standard")  # as Optax needs it
 @jax.numpy_rank_promotion("allow")
-def test_the_demo_trains_the_same_network_twice():
-    """Losses, parameters, momenta and running averages; each time traced and compiled anew."""
+def test_the_demo_trains_the_same_network_twice(monkeypatch):
+    """Losses, parameters, momenta and running averages."""
     import digits
     import optax
     import train_digits
 
+    monkeypatch.setattr(train_digits, "kept_bytes", lambda *_: 0)  # it only traces once more
     _, args = train_digits.options(["--width=2", "--batch-size=64", "--epochs=1"])
     images, _ = digits.load_split(args.seed)
     few = digits.Images(*(a[:512] for a in images))
     batch = digits.Images(*(a[: args.batch_size] for a in few))
-
-    def trained() -> Any:
-        optimizer = optax.sgd(args.learning_rate, momentum=0.9, nesterov=True)
-        layer = train_digits.LAYERS["jax_bn"]
-        run = train_digits.create_run(layer, optimizer, batch, args)
-        start = jax.tree.leaves(run.state)
+    optimizer = optax.sgd(args.learning_rate, momentum=0.9, nesterov=True)
+    first = train_digits.create_run(train_digits.LAYERS["jax_bn"], optimizer, batch, args)
+    start = first.state
+    again = replace(first, losses=[], seconds=[])
+    for run in (first, again):  # one after the other, so that each has the machine to itself
         train_digits.train([run], few, args)
-        assert any(np.any(a != b) for a, b in zip(start, jax.tree.leaves(run.state), strict=True))
-        return run.losses, run.state
-
-    (losses, state), (losses_again, state_again) = trained(), trained()
-    assert len(losses) == 8
-    assert losses == losses_again
-    jax.tree.map(partial(np.testing.assert_array_equal, strict=True), state, state_again)
+    assert len(first.losses) == 8
+    assert first.losses[-1] < first.losses[0]
+    assert first.losses == again.losses
+    for a, b in zip(jax.tree.leaves(first.state), jax.tree.leaves(again.state), strict=True):
+        np.testing.assert_array_equal(a, b, strict=True)
+    leaves = zip(jax.tree.leaves(start), jax.tree.leaves(first.state), strict=True)
+    moved = [np.any(a != b) for a, b in leaves]
+    assert np.mean(moved) > 0.9
 
 
 if __name__ == "__main__":
