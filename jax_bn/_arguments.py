@@ -100,7 +100,9 @@ def inexact_dtype(name: str, v) -> jnp.dtype | None:
     except TypeError as e:
         raise TypeError(f"{name}={v!r} is no dtype; expected one such as jnp.float32") from e
     if not jnp.issubdtype(dtype, jnp.inexact):
-        raise ValueError(f"{name}={dtype} is not inexact; expected a float or complex dtype")
+        raise ValueError(
+            f"{name}={dtype} is not inexact; it must be inexact: float or complex, not {dtype}"
+        )
     return dtype
 
 
