@@ -97,7 +97,13 @@ MOMENTUM = [
     *rows("momentum", TypeError, "0.9", V, 1j),
 ]
 FUNCTIONS: dict[str, list[Row]] = {
-    "batch_norm": ARRAYS + OPTIONS + IN_TRAINING,
+    "batch_norm": [
+        *ARRAYS,
+        *OPTIONS,
+        *IN_TRAINING,
+        *rows("x", ValueError, X[:0]),
+        *rows("dtype", ValueError, "float32", x=X + np.complex64(1j)),
+    ],
     "normalize": ARRAYS[:3] + ARRAYS[4:] + OPTIONS + STATISTICS,
     "batch_renorm": ARRAYS + OPTIONS + IN_TRAINING + STATISTICS + BOUNDS,
     "update_running_stats": [
@@ -148,11 +154,13 @@ RENORM = [
     *rows("warmup_steps", TypeError, 1.5, None, "all"),
 ]
 LAYERS: dict[str, list[Row]] = {
-    "linen.BatchNorm": FIELDS,
+    "linen.BatchNorm": [*FIELDS, *rows("activation", TypeError, nn.Dense(3))],
     "linen.BatchNorm.__call__": CALL,
     "linen.BatchRenorm": RENORM,
     "nnx.BatchNorm": [
         *FIELDS,
+        *rows("use_running_average", ValueError, None),
+        *rows("activation", TypeError, nnx.Linear(3, 3, rngs=nnx.Rngs(0))),
         *rows("num_features", ValueError, -1),
         *rows("num_features", TypeError, None, 1.5, "3"),
         *rows("rngs", TypeError, None, KEY),
@@ -420,6 +428,13 @@ GOOD = {  # where `RUN` has none
 def test_the_good_arguments_are_good(name):
     """What the table rests on: a row is refused for what it changes and for nothing else."""
     RUN[name](**GOOD.get(name, {}))
+
+
+def test_a_plain_mean_needs_its_counter():
+    layer = ours_nnx.BatchNorm(3, rngs=nnx.Rngs(0))
+    layer.momentum = None
+    with pytest.raises(ValueError, match="momentum=None was set after the layer was made"):
+        layer(X)
 
 
 def test_nothing_is_left_out():
