@@ -163,6 +163,12 @@ def test_one_example_is_legal_and_teaches_nothing():
     np.testing.assert_allclose(dbias, weights[0][0] * (1 + 2 * params[2]), rtol=1e-6)
 
 
+def test_two_examples_are_the_fewest_that_teach():
+    """With next to no epsilon x_hat would be 1 and -1, whatever x is, and dx would be rounding."""
+    params, weights = arrays((2, 4), -1, "float32")
+    check(params, weights, axis=-1, epsilon=1.0, orders=1)
+
+
 @pytest.mark.parametrize("epsilon", [0.0, 1e-3, 1.0])
 def test_epsilon(epsilon):
     params, weights = arrays((8, 4), -1, "float32")
