@@ -425,6 +425,27 @@ def test_devices_that_share_x_and_not_the_mask(axis_name, devices):
     compare(of, (x, scale, bias), valid, examples=8 * 2 * N)
 
 
+@pytest.mark.parametrize("axis_name", [None, "i"])
+def test_devices_that_share_x_and_not_the_scale(axis_name, devices):
+    """The gradient of x is the sum of theirs."""
+    mesh = jax.make_mesh((8,), ("i",), (AxisType.Auto,), devices=devices)
+    x, _, scale, bias = arrays()
+    scale, bias = (np.arange(1, 9, dtype=np.float32)[:, None] * v for v in (scale, bias))
+
+    def of(batch_norm):
+        def local(x, scale, bias):
+            def loss(x, scale, bias):
+                y, _ = batch_norm(x, scale[0], bias[0], axis_name=axis_name)
+                return jnp.sum(jnp.sin(y) * (1 + y))
+
+            return jax.grad(loss, argnums=(0, 1, 2))(x, scale, bias)
+
+        specs = P(), P("i"), P("i")
+        return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=specs))
+
+    compare(of, x[0], scale, bias, examples=N * 8)
+
+
 def test_shard_map_that_is_not_compiled(devices):
     x, valid, scale, bias = arrays(masked=True)
     mesh = jax.make_mesh((8,), ("i",), (AxisType.Auto,), devices=devices)
