@@ -154,6 +154,13 @@ def test_the_mask_is_stable_where_the_mean_is_large():
     np.testing.assert_allclose(stats.var, exact, rtol=8 * float(np.finfo(np.float32).eps))
 
 
+def test_no_variance_is_negative():
+    """Of a constant m2 is a difference of two roundings."""
+    constant = np.random.default_rng(0).normal(size=64).astype(np.float32)
+    _, stats = jax_bn.batch_norm(np.tile(constant, (7, 1)), mask=np.ones(7, bool))
+    assert (stats.var >= 0).all()
+
+
 def test_under_vmap():
     x, scale, bias = arrays((3, 8, 4))[0], *arrays()[1:]
     masks = np.stack([VALID, ~VALID, np.ones(8, bool)])
