@@ -177,6 +177,16 @@ def placed(mesh, spec, x, scale, mask):
     )
 
 
+def test_a_batch_over_two_explicit_devices(x, scale, devices):
+    """The fewest over which no example can be picked from x."""
+    mesh = jax.make_mesh((2,), ("d",), (AxisType.Explicit,), devices=devices[:2])
+    whole, _ = jax_bn.batch_norm(x, scale)
+    with jax.set_mesh(mesh):
+        spread = jax.device_put(x, NamedSharding(mesh, P("d")))
+        y, _ = jax.jit(jax_bn.batch_norm)(spread, scale)
+    np.testing.assert_allclose(y, whole, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("sharding", SHARDINGS)
 def test_virtual_batches_that_a_device_holds_need_no_communication(sharding, x, scale, mask, mesh):
     def f(x, scale):
