@@ -13,6 +13,7 @@ from tolerance import assert_as_accurate, in_float64
 
 from benchmarks.compiled import residual_bytes
 import jax_bn
+from jax_bn import _stages
 
 batch_norm = jax_bn.batch_norm
 definition = jax_bn.reference.batch_norm
@@ -258,6 +259,16 @@ def test_one_outlier_does_not_set_the_shift(random):
         _, stats = batch_norm(spoilt)
         exact = np.asarray(spoilt, np.float64).var(0)
         assert np.abs(stats.var / exact - 1).max() < 8 * np.finfo(np.float32).eps
+
+
+def test_the_shift_is_picked_from_x(random):
+    """From its middle, for no sweep; of complex numbers, which have no order, it is the mean."""
+    x = jnp.asarray(random.normal(size=(5, 4, 3)), jnp.float32)
+    moments = partial(_stages.moments, axes=(0, 1))
+    _, shift, _, _ = moments(x, None, dtype=jnp.dtype("float32"))
+    np.testing.assert_array_equal(shift[0, 0], np.median(x[:3, 2], 0))
+    _, shift, _, _ = moments(lax.complex(x, -x), None, dtype=jnp.dtype("complex64"))
+    np.testing.assert_allclose(shift, lax.complex(x, -x).mean((0, 1), keepdims=True), rtol=1e-5)
 
 
 def test_constant_features_have_no_variance():

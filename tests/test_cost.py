@@ -4,6 +4,7 @@ Beside each program stands the same one written out, of the stages that it needs
 """
 
 from functools import partial
+import re
 
 from flax import nnx
 import jax
@@ -171,3 +172,10 @@ def test_layers_of_one_shape_are_traced_once():
     first, second, deep = trace(1), trace(1), trace(10)
     assert first > second  # each call looks at it once, to check that it is elementwise
     assert deep == 10 * second
+
+
+def test_each_stage_is_a_function_of_its_own():
+    """In every program, so that it is traced once; without `jit` it is then compiled as a whole."""
+    gradient = jax.make_jaxpr(jax.grad(partial(loss, use_stats=True)))(X, V, V)
+    compiled = set(re.findall(r"\bjit\[\s*name=(\w+)", str(gradient)))
+    assert compiled >= set(_stages.Stages._fields)
