@@ -4,7 +4,8 @@ VENV ?= .venv
 WORKERS ?= 2  # pytest processes
 RUN := $(VENV)/bin/python
 
-.PHONY: demo test fuzz coverage aot peers kill notebooks notebooks-write docs lint audit clean
+.PHONY: demo test fuzz coverage aot peers kill mutants notebooks notebooks-write docs lint audit \
+  clean
 
 demo: $(VENV)/ready
 	$(RUN) examples/train_digits.py --out out/demo.png
@@ -48,6 +49,24 @@ kill: $(VENV)/ready
 	$(RUN) examples/kill_and_resume.py --example gan_r1
 	$(RUN) examples/kill_and_resume.py --example train_resnet
 
+# Changes a copy of the rules and the stages in one place at a time, and lists the changes that no test
+# notices. Goes on where it was interrupted; `rm -r out/mutants` begins anew. See tests/mutants.md.
+MUTANTS := out/mutants
+IN_MUTANTS := cd $(MUTANTS) && PATH="$(abspath $(VENV)-mutants/bin):$$PATH"
+mutants: export JAX_COMPILATION_CACHE_DIR := $(abspath $(MUTANTS)/compiled)
+mutants: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS := 0
+mutants: $(MUTANTS)/session.sqlite
+	$(IN_MUTANTS) cosmic-ray exec tests/mutants.toml session.sqlite
+	$(IN_MUTANTS) cr-report --surviving-only --show-diff session.sqlite
+
+$(MUTANTS)/session.sqlite: $(VENV)-mutants/ready
+	rm -rf $(MUTANTS) && mkdir -p $(MUTANTS)
+	cp -r jax_bn tests benchmarks examples pyproject.toml $(MUTANTS)
+	$(IN_MUTANTS) cosmic-ray baseline tests/mutants.toml
+	$(IN_MUTANTS) cosmic-ray init tests/mutants.toml new.sqlite
+	$(IN_MUTANTS) cr-filter-operators new.sqlite tests/mutants.toml
+	mv $(MUTANTS)/new.sqlite $@
+
 # Runs the notebooks from clean kernels: fails if a cell does or warns, or prints what is not committed.
 DOCS := $(VENV)-docs/bin/python
 notebooks: $(VENV)-docs/ready
@@ -88,6 +107,12 @@ $(VENV)-docs/ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)-docs
 	$(DOCS) -m pip install --quiet --upgrade pip
 	$(DOCS) -m pip install --quiet --editable '.[docs]'
+	touch $@
+
+$(VENV)-mutants/ready: $(VENV)/ready
+	$(PYTHON) -m venv $(VENV)-mutants
+	$(VENV)-mutants/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)-mutants/bin/python -m pip install --quiet --editable '.[mutants]'
 	touch $@
 
 $(VENV)-peers/ready: $(VENV)/ready

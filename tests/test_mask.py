@@ -124,6 +124,14 @@ def test_nothing_valid(epsilon):
             np.testing.assert_array_equal(g[..., 2], np.zeros_like(g[..., 2]))
 
 
+def test_one_example_valid():
+    x, scale, bias = arrays()
+    y, stats = jax_bn.batch_norm(x, scale, bias, mask=np.arange(8) == 3)
+    np.testing.assert_array_equal(stats.mean, x[3])
+    np.testing.assert_array_equal(stats.var, np.zeros(4))
+    np.testing.assert_array_equal(y[3], bias)
+
+
 def test_nothing_valid_and_nan_everywhere():
     x = np.full((8, 4), np.nan, np.float32)
     _, stats = jax_bn.batch_norm(x, mask=np.zeros(8, bool))

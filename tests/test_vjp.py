@@ -166,7 +166,7 @@ def test_one_example_is_legal_and_teaches_nothing():
 def test_two_examples_are_the_fewest_that_teach():
     """With next to no epsilon x_hat would be 1 and -1, whatever x is, and dx would be rounding."""
     params, weights = arrays((2, 4), -1, "float32")
-    check(params, weights, axis=-1, epsilon=1.0, orders=1)
+    check(params, weights, axis=-1, epsilon=1.0, orders=1, use_stats=[None])
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 1e-3, 1.0])
