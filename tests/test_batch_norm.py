@@ -279,6 +279,14 @@ def test_constant_features_have_no_variance():
         np.testing.assert_array_equal(y, np.zeros((1000, 3)))
 
 
+def test_a_small_variance_is_not_none(x):
+    """Statistics scale as x does: to the bit, by a power of two."""
+    _, stats = batch_norm(x)
+    _, small = batch_norm(x * 2.0**-20)
+    np.testing.assert_array_equal(small.mean, stats.mean * 2.0**-20)
+    np.testing.assert_array_equal(small.var, stats.var * 2.0**-40)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("place", [0, 5])
 def test_a_bad_number_stays_in_its_feature(x, bad, place):
