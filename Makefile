@@ -2,7 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2  # pytest processes
+LONG ?=  # anything: also the tests that take long, and show again what shorter ones show
 RUN := $(VENV)/bin/python
+TEST := $(RUN) -m pytest -n $(WORKERS)
+CHOSEN := $(if $(strip $(LONG)),,-m "not long")
 
 .PHONY: demo test fuzz coverage aot peers kill mutants notebooks notebooks-write docs lint audit \
   clean
@@ -12,9 +15,9 @@ demo: $(VENV)/ready
 
 # The second run has eight CPU devices, which have to be asked for before JAX starts.
 test: $(VENV)/ready
-	$(RUN) -m pytest -n $(WORKERS) tests
-	$(RUN) -m pytest -n $(WORKERS) tests/devices
-	$(RUN) -m pytest -n $(WORKERS) tests/kernels
+	$(TEST) $(CHOSEN) tests
+	$(TEST) $(CHOSEN) tests/devices
+	$(TEST) $(CHOSEN) tests/kernels
 	$(RUN) -m pytest --doctest-modules jax_bn
 
 # Draws a thousand examples for each property, where `make test` draws eight; FUZZ_POOL=1 other calls.

@@ -66,7 +66,7 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "benchmarks/results/2026-11-22-1627-cpu.md": "results/2026-11-22-1627-cpu.md",
-    "benchmarks/results/2026-11-26-1257-cpu-stress.md": "results/2026-11-26-1257-cpu-stress.md",
+    "benchmarks/results/2026-11-26-1428-cpu-stress.md": "results/2026-11-26-1428-cpu-stress.md",
 }
 
 

@@ -34,6 +34,7 @@ def inexact(name: str, v) -> jax.Array:
     """`v` as a float or complex array; integers and bools as float32, as in Flax."""
     v = array(name, v)
     if jnp.issubdtype(v.dtype, jnp.inexact):
+        _wide_enough(name, v.dtype)
         return v
     if jnp.issubdtype(v.dtype, jnp.integer) or v.dtype == jnp.bool_:
         return v.astype(jnp.float32)
@@ -103,7 +104,16 @@ def inexact_dtype(name: str, v) -> jnp.dtype | None:
         raise ValueError(
             f"{name}={dtype} is not inexact; it must be inexact: float or complex, not {dtype}"
         )
+    _wide_enough(name, dtype)
     return dtype
+
+
+def _wide_enough(name: str, dtype) -> None:
+    """JAX promotes no float of 8 bits or less to another: the sums would not know their dtype."""
+    if jnp.finfo(dtype).bits < 16:
+        raise TypeError(
+            f"{name} has dtype {dtype}; expected float16, bfloat16 or wider: {name}.astype(...)"
+        )
 
 
 def per_feature(name: str, v, x: jax.Array, features: tuple[int, ...]) -> jax.Array:
@@ -183,13 +193,21 @@ def mapped_axes(axis_name, groups):
         groups = tuple(tuple(g) for g in groups)
     names = tuple(names)
     try:
-        return names, groups, lax.psum(1, names, axis_index_groups=groups)
+        devices = lax.psum(1, names)
     except NameError as e:
         raise ValueError(
             f"axis_name={axis_name!r} is not bound here; expected the name of an axis of an "
             "enclosing shard_map, vmap or pmap. Under plain jit leave axis_name out: the compiler "
             "takes the statistics over the whole batch, however it is sharded"
         ) from e
+    if groups is None:
+        return names, None, devices
+    if sorted(i for group in groups for i in group) != list(range(devices)):
+        raise ValueError(
+            f"axis_index_groups={groups}; expected each of the {devices} indices along "
+            f"{axis_name!r} in one of them"
+        )
+    return names, groups, len(groups[0])
 
 
 def static_epsilon(epsilon) -> float:

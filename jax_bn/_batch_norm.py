@@ -45,7 +45,8 @@ def batch_norm(
              + dmean/N + 2*dvar*(x - mean)/N          where the loss uses the statistics themselves
 
     Args:
-        x: of rank 1 or more; any float or complex dtype. Integers and bools are taken as float32.
+        x: of rank 1 or more; any float dtype of 16 bits or more, or complex. Integers and bools are
+            taken as float32.
         scale, bias: shape of the feature axes of x, in ascending order; any dtype. None leaves the
             step out.
         axis: the feature axis or axes; all others are reduced.

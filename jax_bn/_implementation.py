@@ -27,7 +27,7 @@ def checked(name: Any) -> str:
     """The name of an implementation; None is XLA's, which alone has been timed."""
     if name is None:
         return "xla"
-    if name not in NAMES:
+    if not isinstance(name, str) or name not in NAMES:
         raise ValueError(f"implementation={name!r}; expected None or one of {NAMES}")
     return name
 

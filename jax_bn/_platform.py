@@ -1,8 +1,8 @@
 """`on`: one function for programs of one platform, another that computes the same for all others.
 
-`jax.lax.platform_dependent` says that too, and leaves two conditionals in the program at each call:
-for a compiler to remove, which takes it as long as a part of what the layer computes. Here the
-choice is a primitive, lowered to the chosen function and to nothing else.
+`jax.lax.platform_dependent` says that too, and leaves two conditionals in the program at each call,
+for the compiler to remove. Here the choice is a primitive, lowered to the chosen function and to
+nothing else.
 
 Knows functions and platforms; what they are good for is the business of `_compiler`.
 """
@@ -30,20 +30,20 @@ def on(platform: str, f: Callable, *args, otherwise: Callable) -> Any:
     arguments, for what JAX knows, so what is linear in some of them should not be mixed with what
     is not.
     """
-    leaves, tree = jax.tree.flatten(args)
+    leaves = jax.tree.leaves(args)
     if not any(isinstance(v, Tracer) for v in leaves):
         return otherwise(*args)
 
-    def flat(g):
-        return lambda *leaves: jax.tree.leaves(g(*jax.tree.unflatten(tree, leaves)))
-
-    results = jax.tree.structure(jax.eval_shape(otherwise, *args))
-    return jax.tree.unflatten(results, _bind(platform, flat(f), flat(otherwise), *leaves))
+    elsewhere, results = jax.make_jaxpr(otherwise, return_shape=True)(*args)
+    here = jax.make_jaxpr(f)(*args)
+    return jax.tree.unflatten(jax.tree.structure(results), _bind(platform, here, elsewhere, leaves))
 
 
-def _bind(platform: str, f: Callable, otherwise: Callable, *leaves) -> list:
-    here, elsewhere = jax.make_jaxpr(f)(*leaves), jax.make_jaxpr(otherwise)(*leaves)
-    return _on.bind(*leaves, platform=platform, here=here, elsewhere=elsewhere)
+def _bind(platform: str, here, elsewhere, args) -> list:
+    types = [[(v.shape, v.dtype) for v in jaxpr.out_avals] for jaxpr in (here, elsewhere)]
+    if types[0] != types[1]:
+        raise TypeError(f"on {platform} results are {types[0]}; expected {types[1]}, as elsewhere")
+    return _on.bind(*args, platform=platform, here=here, elsewhere=elsewhere)
 
 
 def _as_function(closed) -> Callable:
@@ -66,8 +66,10 @@ def _lowered(ctx, *args, platform, here, elsewhere, lowered_for=None):
 
 
 def _batched(args, dims, *, platform, here, elsewhere):
-    f, otherwise = (jax.vmap(_as_function(j), in_axes=tuple(dims)) for j in (here, elsewhere))
-    results = _bind(platform, f, otherwise, *args)
+    def mapped(jaxpr):
+        return jax.make_jaxpr(jax.vmap(_as_function(jaxpr), in_axes=tuple(dims)))(*args)
+
+    results = _bind(platform, mapped(here), mapped(elsewhere), args)
     return results, [0] * len(results)
 
 
@@ -82,22 +84,19 @@ def _transposed(cotangents, *args, platform, here, elsewhere):
     is_linear = [ad.is_undefined_primal(v) for v in args]
     known = [v for v, linear in zip(args, is_linear, strict=True) if not linear]
     avals = [v.aval for v, linear in zip(args, is_linear, strict=True) if linear]
+    given = *known, *map(ad.instantiate_zeros, cotangents)
 
-    def transpose_of(jaxpr):
-        def run(*known_and_cotangents):
-            known = known_and_cotangents[: -len(cotangents)]
-
+    def transposed(jaxpr):
+        def run(*given):
             def f(*linear):
-                given = {True: iter(linear), False: iter(known)}
-                return _as_function(jaxpr)(*(next(given[linear]) for linear in is_linear))
+                of = {True: iter(linear), False: iter(given)}
+                return _as_function(jaxpr)(*(next(of[linear]) for linear in is_linear))
 
-            return jax.linear_transpose(f, *avals)(list(known_and_cotangents[len(known) :]))
+            return jax.linear_transpose(f, *avals)(list(given[len(known) :]))
 
-        return run
+        return jax.make_jaxpr(run)(*given)
 
-    cotangents = [ad.instantiate_zeros(v) for v in cotangents]
-    found = _bind(platform, transpose_of(here), transpose_of(elsewhere), *known, *cotangents)
-    found = iter(found)
+    found = iter(_bind(platform, transposed(here), transposed(elsewhere), given))
     return [next(found) if linear else None for linear in is_linear]
 
 

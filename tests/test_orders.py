@@ -101,6 +101,7 @@ def test_every_nesting_of_forward_mode(nesting):
     np.testing.assert_allclose(actual, definition(nesting, case), rtol=1e-9)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("forward_mode", [False, True])
 @pytest.mark.parametrize("case", ["residual and relu", ALL_AT_ONCE])
 def test_whole_hessians(case, forward_mode):
@@ -162,6 +163,7 @@ def test_gradient_penalty():
     assert_same_gradient(objective)
 
 
+@pytest.mark.long
 def test_maml():
     """The gradient of a loss after two inner steps of gradient descent."""
 

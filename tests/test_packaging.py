@@ -21,9 +21,7 @@ print(json.dumps([sorted(sys.modules.keys() - there), (end - middle) / (middle -
 def test_the_import_adds_nothing_but_itself_to_that_of_jax():
     """No Flax, no Pallas, no part of JAX that it had not loaded; at most 15% of its time."""
     shares = []
-    for _ in range(
-        2
-    ):  # of processor time, fresh processes; the smaller one, for other work disturbs
+    for _ in range(2):  # of processor time; the smaller one, for other work disturbs
         done = subprocess.run(
             [sys.executable, "-c", IMPORTS], check=True, capture_output=True, text=True, cwd=ROOT
         )

@@ -115,6 +115,7 @@ def test_penalty_is_a_second_order_gradient_that_agrees_with_flax(as_for_users):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-12), ours, flax)
 
 
+@pytest.mark.long
 def test_killed_run_loses_nothing(tmp_path, monkeypatch):
     """Twice, at moments drawn; `make kill` does it twenty times, to both examples."""
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # starts sooner

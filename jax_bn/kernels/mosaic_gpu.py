@@ -31,10 +31,10 @@ def why_not_here() -> str | None:
     if compiled_for is not None and compiled_for.platform == "gpu":
         return None
     if jax.default_backend() != "gpu":
-        return f"the device is a {jax.default_backend()}; expected an NVIDIA GPU, Hopper or later"
-    capability = float(getattr(jax.local_devices()[0], "compute_capability", 0))
-    if capability < 9:
-        return f"the GPU has compute capability {capability}; expected 9.0 (Hopper) or later"
+        return f"the device is a {jax.default_backend()}; expected an NVIDIA GPU, an H100 or H200"
+    capability = str(getattr(jax.local_devices()[0], "compute_capability", "none"))
+    if capability.split(".")[0] != "9":  # AMD's are of another form
+        return f"the GPU has compute capability {capability}; expected 9.0 (Hopper)"
     return None
 
 
@@ -76,7 +76,9 @@ def moments(x, mask, *, axes: Axes, dtype):
 
     s, squares = _sums(terms, (x,), (shift,), "bn_moments")
     count = jnp.full((1,) * x.ndim, n, dtype)
-    return count, shift, s / n, jnp.maximum(squares - s * s / n, 0)
+    offset = s / n
+    m2 = squares - s * offset
+    return count, shift, offset, jnp.where(m2 < 0, 0, m2)
 
 
 def normalize(x, mean, rstd, scale, bias, residual=None, *, activation=None, dtype):

@@ -357,8 +357,9 @@ def test_groups_where_jax_has_none(mode, devices):
         MODES[mode](f, devices, (True, (True,) * 4))(*arrays())
 
 
-def test_groups_of_unequal_size(devices):
-    f = partial(share, OURS, axis_index_groups=[[0, 1, 2], [3, 4, 5, 6, 7]])
+@pytest.mark.parametrize("groups", [[[0, 1, 2], [3, 4, 5, 6, 7]], [[0, 1]], [[0, 1], [1, 2]]])
+def test_groups_that_do_not_divide_the_devices(groups, devices):
+    f = partial(share, OURS, axis_index_groups=groups)
     with pytest.raises(ValueError, match="axis_index_groups"):
         MODES["pmap"](f, devices, (True, (True,) * 4))(*arrays())
 

@@ -94,7 +94,11 @@ def expected(data_parallel, devices):
         return curve(state, images), in_float64(curve, state, images)
 
 
-@pytest.mark.parametrize("shares", [[], ["--uneven"]], ids=["even", "uneven"])
+EVEN = pytest.param([], id="even", marks=pytest.mark.long)
+UNEVEN = pytest.param(["--uneven"], id="uneven")
+
+
+@pytest.mark.parametrize("shares", [EVEN, UNEVEN])
 def test_two_processes_train_as_one(start, expected, tmp_path, shares):
     path = tmp_path / "losses.json"
     options = ["--processes=2", *NETWORK, f"--steps={STEPS}", *shares, f"--losses={path}"]
@@ -107,6 +111,7 @@ def test_two_processes_train_as_one(start, expected, tmp_path, shares):
     assert_as_accurate(losses, *expected, examples=BATCH * 8 * 8)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="finds a process in /proc")
 def test_a_process_that_is_killed_ends_the_others(start, tmp_path):
     name = f"--losses={tmp_path / 'losses.json'}"

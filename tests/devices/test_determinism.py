@@ -1,8 +1,9 @@
 """What changes with the number of devices: the order of sums, and so the last bits of results.
 
-Of two runs on as many devices, nothing. Of runs on different numbers: each result differs by at
-most sqrt(N) eps of its largest entry, N being the number of examples, which is the growth of the
-rounding of a sum that `batch_norm` states.
+Of two runs on as many devices, nothing. Of runs on different numbers, for normal examples: each
+result differs by at most sqrt(N) eps of its largest entry, N being the number of examples, which is
+the growth of the rounding of a sum that `batch_norm` states. (Its bound has a factor more for
+outliers, each device's shift being one of its own examples.)
 """
 
 import jax

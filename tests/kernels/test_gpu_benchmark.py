@@ -26,6 +26,7 @@ def is_json(path):
     return json.loads(path.read_text(), parse_constant=refuse)
 
 
+@pytest.mark.long
 def test_dry_run(hopper, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_run, "MEASURES", ("forward",))  # each is interpreted, for seconds
     monkeypatch.setattr(gpu_run, "CLOCKS", "no such thing")
@@ -75,7 +76,7 @@ def test_no_gpu(tmp_path, capsys):
     with pytest.raises(SystemExit):
         gpu.main([f"--out={tmp_path / 'a.json'}"])
     told = capsys.readouterr().err
-    assert "expected an NVIDIA GPU, Hopper or later. --dry-run" in told or "want 0.11" in told
+    assert "expected an NVIDIA GPU, an H100 or H200. --dry-run" in told or "want 0.11" in told
     assert not (tmp_path / "a.json").exists()
 
 

@@ -100,6 +100,7 @@ def test_second_derivatives_are_those_of_xla(hopper):
     assert_as_accurate(actual, second(x), in_float64(second, x), len(x))
 
 
+@pytest.mark.long
 def test_vmap(hopper):
     """Virtual batches are a vmap over them."""
     (x, _, _), scale, _ = case((32, 256), "float32")
