@@ -87,7 +87,7 @@ def test_transformations(transformed):
     actual, expected = (transformed(f)(X, jnp.float32(2.0)) for f in (chosen, plain))
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=4 * np.finfo(np.float32).eps)
+        np.testing.assert_allclose(a, b, rtol=4 * float(np.finfo(np.float32).eps))
 
 
 def test_a_transpose_is_chosen_too():
