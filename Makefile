@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 WORKERS ?= 2  # pytest processes
-LONG ?=  # anything: also the tests that take long, and show again what shorter ones show
+LONG ?=  # anything: the tests that take long as well, as in the gate
 RUN := $(VENV)/bin/python
 TEST := $(RUN) -m pytest -n $(WORKERS)
 CHOSEN := $(if $(strip $(LONG)),,-m "not long")

@@ -18,6 +18,8 @@ import pytest
 
 import jax_bn
 
+pytestmark = pytest.mark.long  # see the Makefile
+
 ROOT = Path(__file__).parents[1]
 SHAPE = 32, 32, 32, 8  # large enough for XLA to spread a sum over threads
 CASES = {

@@ -87,7 +87,10 @@ ALL_AT_ONCE = "residual, silu and mask"
 SECOND, THIRD = ["r", "rr", "fr"], ["rrr", "ffr", "rfr", "frr"]
 
 
-@pytest.mark.parametrize("nesting, case", [*product(SECOND, CASES), *product(THIRD, [ALL_AT_ONCE])])
+OF_THIRD_ORDER = [pytest.param(*p, marks=pytest.mark.long) for p in product(THIRD, [ALL_AT_ONCE])]
+
+
+@pytest.mark.parametrize("nesting, case", [*product(SECOND, CASES), *OF_THIRD_ORDER])
 def test_every_order_of_the_default_rule(nesting, case):
     """The innermost derivative is reverse, as the default has it."""
     actual = along_the_line(nesting, jax_bn.batch_norm, CASES[case])

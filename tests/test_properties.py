@@ -34,6 +34,8 @@ from tolerance import assert_as_accurate
 
 import jax_bn
 
+pytestmark = pytest.mark.long  # see the Makefile
+
 
 @pytest.fixture(scope="module", autouse=True)
 def programs():

@@ -10,6 +10,9 @@ from derivatives import OURS, QUICK, assert_same, call, example, off_the_kinks, 
 from hypothesis import given, strategies as st
 import jax
 import numpy as np
+import pytest
+
+pytestmark = pytest.mark.long  # see the Makefile
 
 NESTINGS = [((3,), False), ((2, 3), False), ((2, 3), True)]
 

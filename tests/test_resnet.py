@@ -165,6 +165,7 @@ def test_variables_are_the_same_whatever_the_options(framework, network):
         chex.assert_trees_all_equal(found, expected)
 
 
+@pytest.mark.long
 @both_networks
 @both_frameworks
 def test_trains_as_linen_with_the_layer_of_flax(framework, network):

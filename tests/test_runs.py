@@ -91,6 +91,7 @@ def test_augmentation_mirrors_and_moves():
     assert augment(images, np.random.default_rng(0)).tobytes() == moved.tobytes()
 
 
+@pytest.mark.long
 def test_penalty_is_a_second_order_gradient_that_agrees_with_flax(as_for_users):
     """Through jax_bn's rule and its derivative, and through plain autodiff of Flax's layer."""
     gan = importlib.import_module("gan_r1")

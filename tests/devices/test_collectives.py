@@ -136,7 +136,10 @@ def test_partitioned_by_the_compiler(f, what, sums, masked, sharding, x, scale, 
     few_and_small(*collectives(partial(what, f), *args), sums if along_batch else 0)
 
 
-@pytest.mark.parametrize("masked", [False, True])
+ALL_VALID = pytest.param(False, marks=pytest.mark.long)
+
+
+@pytest.mark.parametrize("masked", [ALL_VALID, True])
 @pytest.mark.parametrize("sharding", SHARDINGS)
 def test_numbers_do_not_depend_on_the_sharding(masked, sharding, x, scale, mask, mesh):
     def of(batch_norm, mask):

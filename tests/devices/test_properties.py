@@ -11,6 +11,9 @@ from hypothesis import given, strategies as st
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, PartitionSpec as P
+import pytest
+
+pytestmark = pytest.mark.long  # see the Makefile
 
 
 def spread(case: Case) -> bool:
