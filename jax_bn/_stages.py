@@ -66,9 +66,10 @@ def moments(x, mask, *, axes: Axes, dtype):
     One sweep: sums of d = x - shift and of |d|^2, with a shift close to the mean, so that the
     difference in m2 cancels next to nothing (Chan, Golub, LeVeque 1983):
 
-        offset = sum(d)/count        m2 = sum |d|^2 - sum(d)*conj(offset)
+        offset = sum(d)/count        m2 = sum |d|^2 - |sum(d)/sqrt(count)|^2
 
-    written so that |sum(d)|^2, count times larger than m2 may ever be, is nowhere to overflow.
+    written so that |sum(d)|^2, count times larger than m2 may ever be, is nowhere to overflow. (Not
+    as sum(d)*conj(offset): XLA would sum the offset over devices once more.)
     """
     count = _count(x, mask, axes, dtype)
     n = jnp.maximum(count, 1)
@@ -78,10 +79,9 @@ def moments(x, mask, *, axes: Axes, dtype):
         return _select(mask, x.astype(dtype) - shift)
 
     s = _compiler.sum_over(d(x, shift), axes)
-    offset = s / n.astype(dtype)
     m2 = _compiler.sum_over(_abs2(d(*_compiler.apart((x, shift), Sweep.M2))), axes)
-    m2 = m2 - jnp.real(s * jnp.conj(offset))
-    return count, shift, offset, jnp.where(m2 < 0, 0, m2)
+    m2 = m2 - _abs2(s / jnp.sqrt(n).astype(dtype))
+    return count, shift, s / n.astype(dtype), jnp.where(m2 < 0, 0, m2)
 
 
 @_jit("activation", "dtype")
