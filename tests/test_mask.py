@@ -198,7 +198,10 @@ def test_vmap_over_the_mask_alone():
 # ---- virtual batches -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("masked", [False, True])
+ALL_VALID = pytest.param(False, marks=pytest.mark.long)
+
+
+@pytest.mark.parametrize("masked", [ALL_VALID, True])
 @pytest.mark.parametrize("shape, axis", [((8, 4), -1), ((8, 3, 4), -1), ((4, 8, 3), 0)])
 def test_virtual_batches_are_batches(shape, axis, masked):
     random = np.random.default_rng(0)

@@ -51,6 +51,7 @@ def cifar(tmp_path):
     return folder
 
 
+@pytest.mark.long
 def test_resnet_on_cifar10_goes_on_as_if_it_had_never_stopped(
     resnet, cifar, tmp_path, capsys, as_for_users
 ):

@@ -95,7 +95,10 @@ def test_gradient_inside(mode, masked, devices):
     compare(of, *arrays(masked), examples=N * 8)
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["all valid", "masked"])
+ALL_VALID = pytest.param(False, id="all valid", marks=pytest.mark.long)
+
+
+@pytest.mark.parametrize("masked", [ALL_VALID, pytest.param(True, id="masked")])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("order", [1, 2])
 def test_gradient_outside(mode, masked, order, devices):

@@ -51,6 +51,7 @@ def test_dry_run(hopper, tmp_path, monkeypatch, capsys):
     assert "| 8x256 | residual, relu | forward |" in printed and "mean nothing" in printed
 
 
+@pytest.mark.long
 def test_the_resnet(hopper, tmp_path, monkeypatch):
     """XLA's stages stand in for the kernels, which its layer has to ask for."""
     asked = []

@@ -85,6 +85,7 @@ def test_every_number_of_x_is_in_one_tile(dtype):
             assert 1 <= cut.blocks * cut.slabs <= max(_stream.BLOCKS, cut.slabs)
 
 
+@pytest.mark.long
 def test_second_derivatives_are_those_of_xla(hopper):
     (x, _, _), scale, _ = case((16, 256), "float32")
 
