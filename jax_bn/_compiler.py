@@ -39,20 +39,16 @@ def apart(v, sweep: Sweep):
 
     XLA:CPU takes a sum over columns together with the casts and products under it, unless these
     have a second user: then it writes them out, in float32 and whole. So no two sweeps may share
-    them. The barriers stand before each array of x's size for itself: one over several makes them
-    vary alike between devices, and all tangents if one is.
+    them. The barriers stand before each array for itself: one over several makes them vary alike
+    between devices, and all tangents if one is.
     """
-    largest = max(a.size for a in jax.tree.leaves(v))
 
     def behind(v):
         for _ in range(sweep):
             v = lax.optimization_barrier(v)
         return v
 
-    def of_its_own(a):
-        return on("cpu", behind, a, otherwise=_as_it_is) if a.size == largest else a
-
-    return jax.tree.map(of_its_own, v)
+    return jax.tree.map(partial(on, "cpu", behind, otherwise=_as_it_is), v)
 
 
 def once(f: Callable, dy, kept, sweep: Sweep):
