@@ -1,10 +1,11 @@
 """`python -m benchmarks.gpu` measures on a Hopper GPU: the kernels beside XLA, Flax and PyTorch.
 
 First every kernel is checked (`gpu_checks`): if one does not end, errs, or gives other bits another
-time, nothing is timed. Then batch normalization at the shapes of a ResNet-50 and a few others, with
-what follows it, and a training step of a ResNet-50. It is made for ten minutes: each shape gets its
-share of the time that is left, and what gets none is named. The result is one JSON file, rewritten
-after each section, so that what was measured is there if the machine goes; and a table of it.
+time, nothing is timed; `--only` can leave that out. Then batch normalization at the shapes of a
+ResNet-50 and a few others, with what follows it, and a training step of a ResNet-50. It is made for
+ten minutes: each shape gets its share of the time that is left, and what gets none is named. The
+result is one JSON file, rewritten after each section, so that what was measured is there if the
+machine goes; and a table of it.
 
 `--dry-run` goes the whole way on any machine: tiny arrays, the kernels interpreted. Its times mean
 nothing.
@@ -18,7 +19,7 @@ from pathlib import Path
 import jax
 
 from benchmarks.__main__ import chosen, positive
-from benchmarks.gpu_programs import COPY, IMPLEMENTATIONS
+from benchmarks.gpu_programs import COPIES, IMPLEMENTATIONS
 from benchmarks.gpu_run import SECTIONS, Run, label
 from benchmarks.peers import FLAX
 from benchmarks.report import table
@@ -34,7 +35,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="three shapes, with relu and residual")
     parser.add_argument(
         "--only", type=lambda text: chosen(text, SECTIONS), default=",".join(SECTIONS),
-        metavar="A,B", help="sections to time",
+        metavar="A,B", help="sections to run",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, default="out/gpu.json", help="the file of the result")
     parser.add_argument("--repetitions", type=positive, default=1000, help="of each check")
@@ -63,10 +64,11 @@ def markdown(result: dict) -> str:
     if result["settings"]["dry_run"]:
         parts.append("A dry run: the times are those of an interpreter and mean nothing.")
     parts.append(
-        "Each cell: median time, how many times as fast as Flax's layer, and the bandwidth of the "
-        "fewest passes over x as a share of a copy's."
+        "Each cell: time on the device, the kernels' own (with ~: by the clock), how many times as "
+        "fast as Flax's layer, and the bandwidth of the fewest passes over x as a share of that of "
+        "the faster copy. By the clock, small arrays are the host's; the file has both."
     )
-    names = (*IMPLEMENTATIONS, COPY)
+    names = (*IMPLEMENTATIONS, *COPIES)
     for dtype in dict.fromkeys(row["dtype"] for row in result["times"]):
         lines: dict[tuple, dict[str, str]] = {}
         for row in (r for r in result["times"] if r["dtype"] == dtype):
@@ -84,11 +86,14 @@ def markdown(result: dict) -> str:
 
 
 def _cell(row: dict) -> str:
-    cell = f"{1e3 * row['seconds']['median']:.3f} ms"
-    if row["over_flax"] and row["implementation"] not in (FLAX, COPY):
-        cell += f", {1 / row['over_flax']['median']:.2f} x"
-    if row["implementation"] == COPY:
+    on_device = "device_seconds" in row
+    seconds = row["device_seconds"] if on_device else row["seconds"]["median"]
+    cell = f"{'' if on_device else '~'}{1e3 * seconds:.3f} ms"
+    if row["implementation"] in COPIES:
         return f"{cell}, {row['terabytes_per_second']:.2f} TB/s"
+    over_flax = row.get("device_over_flax", (row["over_flax"] or {}).get("median"))
+    if over_flax and row["implementation"] != FLAX:
+        cell += f", {1 / over_flax:.2f} x"
     return cell + (f", {row['over_copy']:.0%}" if "over_copy" in row else "")
 
 

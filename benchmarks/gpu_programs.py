@@ -16,7 +16,9 @@ from benchmarks.peers import FLAX, MOMENTUM, PEERS, Peer, averages, loose
 from benchmarks.timing import Program
 import jax_bn
 
-KERNELS, TORCH, COPY = "jax_bn kernels", torch_peers.CHANNELS_LAST, "copy"
+KERNELS, TORCH = "jax_bn kernels", torch_peers.CHANNELS_LAST
+COPY, NEGATIVE = "copy", "-x"  # by the driver; by XLA
+COPIES = (COPY, NEGATIVE)
 IMPLEMENTATIONS = (FLAX, OURS, KERNELS, TORCH)
 MEASURES = ("forward", "backward", "step")  # as in `measure`
 
@@ -86,9 +88,10 @@ def peer(name: str, after: After) -> Peer:
 
 def program(name: str, measured: str, after: After, data: measure.Inputs) -> Program:
     """What to time; compiled."""
-    if name == COPY:
+    if name in COPIES:
         copied: list[tuple] = [(x,) for (x, *_), _ in data.pairs]
-        return Program(jax.jit(jax.lax.neg).lower(*copied[0]).compile(), copied)
+        f = jnp.copy if name == COPY else jax.lax.neg
+        return Program(jax.jit(f).lower(*copied[0]).compile(), copied)
     if name == TORCH:
         return _torch(measured, after, data)
     with loose():

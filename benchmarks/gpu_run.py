@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from benchmarks import gpu_checks, gpu_programs, record, resnet, torch_peers
+from benchmarks.device_time import Kernel, device_times
 from benchmarks.failures import OURS, attempt
-from benchmarks.gpu_programs import AFTER, COPY, IMPLEMENTATIONS, KERNELS, MEASURES, TORCH
+from benchmarks.gpu_programs import AFTER, COPIES, IMPLEMENTATIONS, KERNELS, MEASURES, TORCH
 from benchmarks.measure import COLD
 from benchmarks.peers import FLAX, loose
 from benchmarks.timing import Effort, Timing, time_all
@@ -32,9 +33,11 @@ SHAPES: list[Shape] = [(256, edge, edge, features) for edge, features in RESNET5
 SHAPES += [(8192, 1024), (65536, 512), (256, 1024), (32, 7, 7, 2048)]
 QUICK: list[Shape] = [(256, 56, 56, 64), (256, 14, 14, 1024), (256, 1024)]
 CHECKED: list[Shape] = [*QUICK, (32, 7, 7, 2048), (65536, 512), (101, 7, 7, 24)]
-TIMED = ("nothing", "residual, relu")  # of AFTER; checked is each
-SECTIONS = ("bfloat16", "resnet", "float32")  # in this order
-FOR_RESNET = 150  # s that are kept for it
+TIMED = ("nothing", "residual, relu")  # of AFTER; each is checked, and timed at the QUICK shapes
+SECTIONS = ("checks", "bfloat16", "resnet", "float32")  # in this order
+DTYPES = ("bfloat16", "float32")
+FOR_RESNET = 200  # s that are kept for it
+RECORDED = 5  # calls under the profiler
 CLOCKS = (
     "driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.draw,power.limit,"
     "temperature.gpu"
@@ -81,10 +84,12 @@ class Run:
 
     def all(self) -> None:
         self.clocks("before")
-        self.checks()
+        if "checks" in self.args.only:
+            self.checks()
         tasks = [
             (section, shape)
             for section in self.args.only
+            if section != "checks"
             for shape in ([None] if section == "resnet" else self.plan.shapes)
         ]
         for i, (section, shape) in enumerate(tasks):
@@ -129,7 +134,7 @@ class Run:
 
     def checks(self) -> None:
         """All of them, or the end of the run."""
-        dtypes = [s for s in self.args.only if s != "resnet"] or ["bfloat16"]
+        dtypes = [s for s in self.args.only if s in DTYPES] or ["bfloat16"]
         cases = list(product(self.plan.checked, dtypes, self.plan.after_in_checks))
         self.say(f"compiling {len(cases)} checks")
 
@@ -160,8 +165,9 @@ class Run:
             self.result["not_measured"].append(case | dict(reason="no time was left"))
             self.write()
             return
-        end, groups = time.monotonic() + seconds, len(self.plan.after) * len(MEASURES)
-        for after in self.plan.after:
+        afters = tuple(AFTER) if self.plan is FULL and shape in QUICK else self.plan.after
+        end, groups = time.monotonic() + seconds, len(afters) * len(MEASURES)
+        for after in afters:
             with gpu_checks.limited(self.plan.limit, f"{label(shape)} {dtype}", self.give_up):
                 programs = self.programs(case | dict(after=after))
                 for measured in MEASURES:
@@ -183,7 +189,7 @@ class Run:
                 return gpu_programs.program(name, measured, after, data), failed
             return None, failed
 
-        names = list(product(MEASURES, (COPY, *IMPLEMENTATIONS)))
+        names = list(product(MEASURES, (*COPIES, *IMPLEMENTATIONS)))
         made: dict[str, dict] = {measured: {} for measured in MEASURES}
         for (measured, name), (program, failed) in zip(
             names, side_by_side(make, names), strict=True
@@ -218,11 +224,16 @@ class Run:
 
         with gpu_checks.limited(3 * self.plan.limit, "the ResNet", self.give_up):
             # One after the other: XLA tunes a convolution once, and all three get what it found.
-            made = {name: make(name) for name in layers}
+            made, compiling = {}, {}
+            for name in layers:
+                start = time.monotonic()
+                made[name] = make(name)
+                compiling[name] = time.monotonic() - start
+                self.say(f"compiled with {name} in {compiling[name]:.0f} s")
             for _, failed in made.values():
                 self.failed(failed, case)
             programs = {name: program for name, (program, _) in made.items() if program}
-            self.time(programs, self.plan.for_resnet, case)
+            self.time(programs, self.plan.for_resnet, case | dict(compile_seconds=compiling))
         self.write()
 
     def time(self, programs: dict, seconds: float, case: dict) -> None:
@@ -231,31 +242,54 @@ class Run:
         effort = Effort(seconds, least, most, self.plan.sample_seconds)
         with self.plan.here():
             timings, failed = time_all(programs, FLAX, effort)
+            on_device = self.on_device({name: programs[name] for name in timings}, failed)
         self.failed(failed, case)
-        self.result["times"] += rows(timings, case)
+        self.result["times"] += rows(timings, case, on_device)
+
+    def on_device(self, programs: dict, failed: dict[str, str]) -> dict[str, list[Kernel]]:
+        """The kernels of each program, where there is a GPU to run them."""
+        if self.args.dry_run:
+            return {}
+        try:
+            return device_times(programs, RECORDED)
+        except ValueError as e:
+            failed["kernel by kernel"] = str(e)
+            return {}
 
     def failed(self, reasons: dict[str, str], case: dict) -> None:
         lost = [case | dict(implementation=name, reason=why) for name, why in reasons.items()]
         self.result["not_measured"] += lost
 
 
-def rows(timings: dict[str, Timing], case: dict) -> Iterator[dict]:
-    """What the file says of each: seconds, their ratio to Flax's, and a rate.
+def rows(
+    timings: dict[str, Timing], case: dict, on_device: dict[str, list[Kernel]]
+) -> Iterator[dict]:
+    """What the file says of each: seconds by the clock and on the device, and a rate.
 
+    On the device are the kernels' own times: by the clock, those of a small array are the host's.
     The rate is that of the fewest passes over x, whatever the program really moves; `over_copy`
-    is its ratio to that of the copy in the same rounds.
+    is its ratio to that of the faster copy.
     """
     size = math.prod(case["shape"]) * jnp.dtype(case["dtype"]).itemsize
-    copied = timings.get(COPY)
+    busy = {name: sum(k.seconds for k in kernels) for name, kernels in on_device.items()}
+    seconds = {name: busy.get(name, timing.seconds.median) for name, timing in timings.items()}
+    copied = min((seconds[name] for name in COPIES if name in seconds), default=None)
+    compiling = case.pop("compile_seconds", {})
     for name, timing in timings.items():
         row = case | dict(implementation=name, seconds=timing.seconds._asdict())
         row |= dict(over_flax=timing.ratio and timing.ratio._asdict())
         row |= dict(rounds=timing.rounds, calls=timing.calls)
+        if name in compiling:
+            row |= dict(compile_seconds=compiling[name])
+        if name in busy:
+            row |= dict(device_seconds=busy[name], launches=len(on_device[name]))
+            if FLAX in busy:
+                row |= dict(device_over_flax=busy[name] / busy[FLAX])
+            if copied:  # a network's are too many
+                row |= dict(kernels=[(k.name[:60], k.seconds) for k in on_device[name]])
         if copied:
-            passes = 2 if name == COPY else AFTER[case["after"]].passes(case["measure"])
-            rate, of_copy = (
-                n * size / t.seconds.median for n, t in ((passes, timing), (2, copied))
-            )
+            passes = 2 if name in COPIES else AFTER[case["after"]].passes(case["measure"])
+            rate, of_copy = passes * size / seconds[name], 2 * size / copied
             row |= dict(passes=passes, terabytes_per_second=rate / 1e12, over_copy=rate / of_copy)
         yield row
 

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import gpu, gpu_checks, gpu_run
-from benchmarks.gpu_programs import AFTER, COPY, IMPLEMENTATIONS, KERNELS, TORCH, inputs
+from benchmarks.device_time import PAUSE, Kernel, apart, of_a_call
+from benchmarks.gpu_programs import AFTER, COPIES, COPY, IMPLEMENTATIONS, KERNELS, TORCH, inputs
 from benchmarks.timing import Spread, Timing
 from jax_bn import _implementation, _stages
 
@@ -31,7 +32,7 @@ def test_dry_run(hopper, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu_run, "MEASURES", ("forward",))  # each is interpreted, for seconds
     monkeypatch.setattr(gpu_run, "CLOCKS", "no such thing")
     out = tmp_path / "new" / "gpu.json"
-    gpu.main(["--dry-run", "--only=bfloat16", f"--out={out}"])
+    gpu.main(["--dry-run", "--only=checks,bfloat16", f"--out={out}"])
     result = is_json(out)
     assert result["ended"] == "complete" and result["settings"]["dry_run"]
     assert result["versions"]["jax"] and result["device"]["kind"] and result["commit"]
@@ -42,9 +43,12 @@ def test_dry_run(hopper, tmp_path, monkeypatch, capsys):
     names = {*IMPLEMENTATIONS} - {row["implementation"] for row in result["not_measured"]}
     assert names >= FLAX_AND_OURS
     rows = {row["implementation"]: row for row in result["times"]}
-    assert rows.keys() == names | {COPY}
+    assert rows.keys() == names | {*COPIES}
     for row in rows.values():
-        assert (row["measure"], row["passes"]) == ("forward", 2 if row is rows[COPY] else 4)
+        assert (row["measure"], row["passes"]) == (
+            "forward",
+            2 if row["implementation"] in COPIES else 4,
+        )
         assert 0 < row["seconds"]["low"] <= row["seconds"]["median"] <= row["seconds"]["high"]
         assert row["rounds"] == 2 and row["over_flax"]["median"] > 0
     printed = capsys.readouterr().out
@@ -70,7 +74,7 @@ def test_the_resnet(hopper, tmp_path, monkeypatch):
         ("training step", name) for name in FLAX_AND_OURS
     }
     told = gpu.markdown(run.result)
-    assert re.search(r"\| a ResNet \| training step \|( \d+\.\d{3} ms[^|]*\|){3}", told)
+    assert re.search(r"\| a ResNet \| training step \|( ~?\d+\.\d{3} ms[^|]*\|){3}", told)
 
 
 def test_no_gpu(tmp_path, capsys):
@@ -86,12 +90,31 @@ def test_rates():
     case = dict(shape=(1000, 500), dtype="bfloat16", after="relu", measure="forward")
     one = Spread(2e-6, 1e-6, 3e-6)
     timings = {COPY: Timing(one, None, 7, 1), KERNELS: Timing(one, one, 7, 1)}
-    copy, ours = gpu_run.rows(timings, case)
+    copy, ours = gpu_run.rows(timings, case, {})
     assert (copy["passes"], ours["passes"], copy["over_copy"]) == (2, 3, 1)
     assert ours["terabytes_per_second"] == pytest.approx(1.5)
     assert ours["over_copy"] == pytest.approx(1.5)
-    steps = gpu_run.rows(timings, case | dict(after="residual, relu", measure="step"))
+    steps = gpu_run.rows(timings, case | dict(after="residual, relu", measure="step"), {})
     assert [row["passes"] for row in steps] == [2, 4 + 8]
+    # The device worked half of the time at ours, in two kernels, and all of it at the copy.
+    on_device = {COPY: [Kernel("a", 0, 2e-6)], KERNELS: [Kernel("b", 0, 0.6e-6)] * 2}
+    copy, ours = gpu_run.rows(timings, case, on_device)
+    assert (ours["launches"], ours["device_seconds"]) == (2, pytest.approx(1.2e-6))
+    assert (copy["over_copy"], ours["over_copy"]) == (1, pytest.approx(2.5))
+
+
+def test_a_record_is_split_into_programs_and_calls():
+    """Two programs, of two kernels and of one, each called three times."""
+    first = [Kernel("ab"[i % 2], 1e-3 * i, 1e-4 * (1 + i)) for i in range(6)]
+    second = [Kernel("c", 1 + 2 * PAUSE + 1e-3 * i, 1.0 if i == 1 else 5e-4) for i in range(3)]
+    groups = apart([*reversed(second), *first])
+    assert groups == [first, second]
+    a, b = of_a_call(groups[0], 3)
+    assert (a.name, b.name) == ("a", "b")
+    assert (a.seconds, b.seconds) == (pytest.approx(3e-4), pytest.approx(4e-4))
+    assert of_a_call(groups[1], 3)[0].seconds == pytest.approx(5e-4)
+    with pytest.raises(ValueError, match="6 kernels are recorded; expected as many in 4"):
+        of_a_call(first, 4)
 
 
 def test_inputs_rotate():
@@ -154,7 +177,7 @@ def test_what_does_not_end_is_given_up():
 
 def arguments(out):
     args = gpu.options().parse_args(["--dry-run", f"--out={out}", "--repetitions=1"])
-    args.only = ["float32"]
+    args.only = ["checks", "float32"]
     return args
 
 
