@@ -59,6 +59,12 @@ class Plan(NamedTuple):
     limit: float = 120  # s for a check or a shape: far beyond what any takes
     here: Callable[[], Any] = nullcontext  # a context for whatever calls a kernel
 
+    def cases(self) -> list[dict]:
+        """Shapes, and what comes after; of the shapes in QUICK all that may come."""
+        rest = [a for a in AFTER if a not in self.after] if self is FULL else []
+        pairs = [*product(self.after, self.shapes), *product(rest, QUICK)]
+        return [dict(shape=shape, after=after) for after, shape in pairs]
+
 
 RESNET = resnet.Size((3, 4, 6, 3), 64, 256, 224, bottleneck=True, small_images=False, classes=1000)
 FULL = Plan(CHECKED, SHAPES, RESNET)
@@ -86,20 +92,19 @@ class Run:
         self.clocks("before")
         if "checks" in self.args.only:
             self.checks()
-        tasks = [
-            (section, shape)
-            for section in self.args.only
-            if section != "checks"
-            for shape in ([None] if section == "resnet" else self.plan.shapes)
-        ]
-        for i, (section, shape) in enumerate(tasks):
-            if shape is None:
+        tasks: list[dict | None] = []  # None: the ResNet
+        for section in self.args.only:
+            if section == "resnet":
+                tasks.append(None)
+            elif section in DTYPES:
+                tasks += [case | dict(dtype=section) for case in self.plan.cases()]
+        for i, case in enumerate(tasks):
+            if case is None:
                 self.resnet()
                 continue
-            shapes_left = [s for _, s in tasks[i:] if s is not None]
-            reserved = FOR_RESNET if len(shapes_left) < len(tasks[i:]) else 0
-            left = self.end - time.monotonic() - reserved
-            self.shape(section, shape, left / len(shapes_left))
+            left = [c for c in tasks[i:] if c is not None]
+            reserved = FOR_RESNET if len(left) < len(tasks[i:]) else 0
+            self.case(case, (self.end - time.monotonic() - reserved) / len(left))
         self.clocks("after")
         self.result["ended"] = "complete"
         self.write()
@@ -157,24 +162,21 @@ class Run:
                 raise SystemExit(f"{what}: {why}. Nothing is timed")
             self.write()
 
-    def shape(self, dtype: str, shape: Shape, seconds: float) -> None:
-        """All measures of one shape, in about so many seconds."""
-        case = dict(shape=shape, dtype=dtype)
-        self.say(f"{label(shape)} {dtype}")
+    def case(self, case: dict, seconds: float) -> None:
+        """All measures of one shape, dtype and what comes after, in about so many seconds."""
+        what = f"{label(case['shape'])} {case['dtype']}, then {case['after']}"
+        self.say(what)
         if seconds <= 0:
             self.result["not_measured"].append(case | dict(reason="no time was left"))
             self.write()
             return
-        afters = tuple(AFTER) if self.plan is FULL and shape in QUICK else self.plan.after
-        end, groups = time.monotonic() + seconds, len(afters) * len(MEASURES)
-        for after in afters:
-            with gpu_checks.limited(self.plan.limit, f"{label(shape)} {dtype}", self.give_up):
-                programs = self.programs(case | dict(after=after))
-                for measured in MEASURES:
-                    share = (end - time.monotonic()) / groups
-                    self.time(programs[measured], share, case | dict(after=after, measure=measured))
-                    groups -= 1
-            self.write()
+        end = time.monotonic() + seconds
+        with gpu_checks.limited(self.plan.limit, what, self.give_up):
+            programs = self.programs(case)
+            for i, measured in enumerate(MEASURES):
+                share = (end - time.monotonic()) / (len(MEASURES) - i)
+                self.time(programs[measured], share, case | dict(measure=measured))
+        self.write()
 
     def programs(self, case: dict) -> dict[str, dict]:
         """By measure and name; compiled side by side, which takes longer than to time them."""
@@ -189,13 +191,14 @@ class Run:
                 return gpu_programs.program(name, measured, after, data), failed
             return None, failed
 
-        names = list(product(MEASURES, (*COPIES, *IMPLEMENTATIONS)))
+        names = [*product(MEASURES, IMPLEMENTATIONS), *product(MEASURES[:1], COPIES)]
         made: dict[str, dict] = {measured: {} for measured in MEASURES}
         for (measured, name), (program, failed) in zip(
             names, side_by_side(make, names), strict=True
         ):
-            if program:
-                made[measured][name] = program
+            for m in MEASURES if name in COPIES else [measured]:  # a copy is the same in all
+                if program:
+                    made[m][name] = program
             self.failed(failed, case | dict(measure=measured))
         return made
 

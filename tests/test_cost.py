@@ -23,8 +23,9 @@ V = jax.ShapeDtypeStruct((C,), jnp.float32)
 
 
 def operations(f, *args):
-    """Floating-point operations per entry of x; those per feature round away."""
-    compiled = jax.jit(f).lower(*args).compile()
+    """Floating-point operations per entry of x on a CPU; those per feature round away."""
+    with jax.default_device(jax.devices("cpu")[0]):
+        compiled = jax.jit(f).lower(*args).compile()
     cost = compiled.cost_analysis()
     assert cost is not None
     return round(cost["flops"] / (N * C), 1)

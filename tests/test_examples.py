@@ -78,7 +78,7 @@ def test_both_layers_train_alike(short_run):
     rounding = np.finfo(np.float32).eps * np.sqrt(BATCH * 8 * 8)
     assert result["loss_difference_first_step"] <= rounding * np.log(10)  # a blind guess's loss
     # Training magnifies rounding, but a wrong gradient parts the curves by the order of the loss.
-    assert result["loss_difference_largest"] < 0.05 * min(result["final_loss"])
+    assert result["loss_difference_largest"] < 0.1 * min(result["final_loss"])
     assert result["kept_bytes"][0] < result["kept_bytes"][1]
 
 

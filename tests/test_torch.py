@@ -531,7 +531,7 @@ def test_what_the_gpu_benchmark_times_is_the_same(torch, after, dtype):
 
     def as_ours(t):
         t = t.detach().movedim(1, -1) if t.ndim > 2 else t.detach()
-        return jnp.asarray(t.float().numpy(), dtype if t.ndim > 2 else "float32")
+        return jnp.asarray(t.float().cpu().numpy(), dtype if t.ndim > 2 else "float32")
 
     ours = gpu_programs.peer(gpu_programs.OURS, after)
     apply, state = ours.make(xs)

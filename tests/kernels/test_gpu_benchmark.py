@@ -201,6 +201,6 @@ def test_what_no_time_was_left_for_is_named(hopper, tmp_path, monkeypatch):
     run = run_with(lambda x, *_: x, out, monkeypatch)
     run.end = time.monotonic()
     run.all()
-    lost = dict(shape=[8, 256], dtype="float32", reason="no time was left")
+    lost = dict(shape=[8, 256], after="residual, relu", dtype="float32", reason="no time was left")
     assert is_json(out)["not_measured"] == [lost]
     assert "- 8x256: no time was left" in gpu.markdown(run.result)
