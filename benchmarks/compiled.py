@@ -1,7 +1,7 @@
 """What a program does, counted in its compiled text: memory traffic, kernels, collectives.
 
 The programs may be compiled for an H200 or a TPU on a machine that has neither. The real compilers
-run; only execution needs the device. They come with the extra `jax_bn[aot]`. Where JAX could find
+run; only execution needs the device. They come with the extra `aot`. Where JAX could find
 accelerators, set JAX_PLATFORMS=cpu, or the plugins look for theirs.
 """
 
@@ -45,7 +45,7 @@ def missing_compiler(target: str) -> str | None:
     """Why nothing can be compiled for "h200" or "tpu"; None where it can."""
     installed = {d.name for d in metadata.distributions()}
     if missing := sorted(set(COMPILERS[target]) - installed):
-        return f"not installed: {', '.join(missing)}; pip install 'jax_bn[aot]'"
+        return f"not installed: {', '.join(missing)}; pip install '.[aot]' in a clone"
     return None
 
 

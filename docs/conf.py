@@ -59,8 +59,9 @@ mathjax_path = "mathjax/tex-chtml.js"
 
 # The files that have a place on the page of the code, in the README's order.
 CODE = (
-    "_batch_norm _training _vjp _jvp _statistics _devices _residuals _stages _activations "
-    "_compiler _platform _shapes reference"
+    "_batch_norm _batch_renorm _training _implementation kernels/mosaic_gpu kernels/_stream "
+    "kernels/_one_device _vjp _jvp _statistics _devices _residuals _stages _compiler _platform "
+    "_arguments _activations _shapes reference"
 ).split()
 PAGES = {
     "CONTRIBUTING.md": "contributing.md",
@@ -82,15 +83,20 @@ def readme(section: str) -> str:
     return sections[section]
 
 
+def anchor(name: str) -> str:
+    """Of a file on the page of the code, as a heading there would have it."""
+    return re.sub("[_/]+", "-", f"{name}-py").strip("-")
+
+
 def link(match: re.Match) -> str:
     """A link of a file in the root folder, as it has to be in a page."""
     text, target = match.groups()
-    name = Path(target).stem
+    name = target.removeprefix("jax_bn/").removesuffix(".py")
     if target in PAGES or target.endswith(".ipynb"):
         target = PAGES.get(target, target)
         return f"[{text}]({target})"
     if target == f"jax_bn/{name}.py" and name in CODE:
-        return f"[{text}](code.md#{name.strip('_').replace('_', '-')}-py)"
+        return f"[{text}](code.md#{anchor(name)})"
     if (ROOT / target).is_dir():  # a page cannot show a folder
         return text
     return f"[{text}](../{target})"
@@ -103,7 +109,7 @@ def included(text: str) -> str:
 
 def code(_: re.Match) -> str:
     return "\n".join(
-        f"({name.strip('_').replace('_', '-')}-py)=\n## `{name}.py`\n\n"
+        f"({anchor(name)})=\n## `{name}.py`\n\n"
         f"```{{literalinclude}} ../jax_bn/{name}.py\n:language: python\n```\n"
         for name in CODE
     )

@@ -5,7 +5,7 @@ A small convolutional network learns the handwritten digits in PyTorch. After so
 the same batches, each with a new optimizer. Prints the two loss curves side by side, how far they
 are apart, and how many images of the test set each names rightly in evaluation.
 
-Needs PyTorch and the extra `examples`: pip install "jax_bn[examples]".
+Needs PyTorch and the extra `examples`: pip install '.[examples]' in a clone.
 """
 
 import argparse

@@ -15,7 +15,7 @@ sum of the logits. Real and generated images are batches of their own, as is usu
 
 Kill it at any moment: the same command goes on from the last checkpoint (see `resumable.py`).
 
-Needs the extra `examples`: pip install "jax_bn[examples]".
+Needs the extra `examples`: pip install '.[examples]' in a clone.
 """
 
 import argparse

@@ -5,7 +5,9 @@ Both start from the same weights and see the same batches in the same order; the
 with its other formula for the variance, is the yardstick: two float32 computations of one thing
 differ in the last digit, training magnifies that, and the third loss curve shows by how much.
 
-Prints one table, draws the loss curves. Needs the extra `examples`: pip install "jax_bn[examples]".
+Prints one table, draws the loss curves.
+
+Needs the extra `examples`: pip install '.[examples]' in a clone.
 """
 
 import argparse

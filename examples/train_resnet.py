@@ -7,7 +7,7 @@ The normalizations are `jax_bn.linen.BatchNorm` with relu and residual inside. K
 moment: the same command goes on from the last checkpoint, to the same loss curve (see
 `resumable.py`).
 
-Needs the extra `examples`: pip install "jax_bn[examples]".
+Needs the extra `examples`: pip install '.[examples]' in a clone.
 """
 
 import argparse

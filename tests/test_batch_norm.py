@@ -287,6 +287,18 @@ def test_a_small_variance_is_not_none(x):
     np.testing.assert_array_equal(small.var, stats.var * 2.0**-40)
 
 
+def test_a_squared_sum_that_overflows(random):
+    """The shift is among the small numbers: sum(d)^2 is beyond float32, and nothing else is."""
+    x = np.where(np.arange(64) < 32, 1e17, 2.5e18)[:, None] * random.uniform(0.9, 1, size=(64, 8))
+    x = jnp.asarray(x, jnp.float32)
+    d = x - jnp.median(x[:3], 0, keepdims=True)
+    assert jnp.isinf(jnp.sum(d, 0) ** 2).all() and jnp.isfinite(jnp.sum(d**2, 0)).all()
+    exact = np.asarray(x, np.float64).var(0)
+    _, of_parts = batch_norm(x, virtual_batch_size=16)
+    for stats in (batch_norm(x)[1], jax.jit(batch_norm)(x)[1], of_parts):
+        np.testing.assert_allclose(stats.var, exact, rtol=64 * EPS)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("place", [0, 5])
 def test_a_bad_number_stays_in_its_feature(x, bad, place):

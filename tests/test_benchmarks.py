@@ -1,9 +1,11 @@
 """The benchmarks from their command line: what they write, what they tell, what they refuse."""
 
 import copy
+from datetime import datetime
 import json
 import os
 import re
+import subprocess
 import sys
 
 import pytest
@@ -12,6 +14,8 @@ from benchmarks import __main__ as command_line, compare, peers, readme, record,
 
 ROW = {"measure", "shape", "dtype", "implementation", "seconds", "over_flax", "bound_seconds"}
 HERE = ["jax_bn", "jax_bn fused", "flax.linen"]
+RESULTS = sorted((record.ROOT / "benchmarks" / "results").glob("*.json"))
+OF_THE_DEMO = "demo.json"  # of an example, which knows no commit
 
 
 @pytest.fixture(scope="module")
@@ -222,3 +226,47 @@ def test_results_are_json_of_other_tools_too(quick):
         raise AssertionError(name)
 
     json.loads(quick[1].read_text(), parse_constant=refuse)
+
+
+# ---- the committed results -----------------------------------------------------------------------
+
+
+def git(*args):
+    """Its output, or the reason why there is none."""
+    try:
+        command = ["git", "-C", str(record.ROOT), *args]
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError as e:
+        return None, str(e)
+    return (None if done.returncode else done.stdout.strip()), done.stderr.strip()
+
+
+def committed(path):
+    """The result; skips where git knows that it is only here. Without git all that came is."""
+    if git("ls-files", str(path))[0] == "":
+        pytest.skip(f"{path.name} is not committed")
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
+def test_a_committed_result_says_where_it_was_made(path):
+    result = committed(path)
+    assert datetime.fromisoformat(result["date"])
+    if path.name == OF_THE_DEMO:
+        assert all(result[name] for name in ("device", "python", "jax", "flax", "jax_bn"))
+        return
+    assert all(result["device"][name] for name in ("platform", "kind"))
+    assert all(result["versions"][name] for name in ("python", "jax", "jaxlib", "jax_bn"))
+    assert re.fullmatch("[0-9a-f]{7,40}", result["commit"])  # and no +changes
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.name)
+def test_the_commit_of_a_result_is_in_the_history(path):
+    result = committed(path)
+    if path.name == OF_THE_DEMO:
+        pytest.skip("the demo's names no commit")
+    shallow, why_not = git("rev-parse", "--is-shallow-repository")
+    if shallow != "false":
+        pytest.skip(why_not or "a shallow clone")
+    found, why_not = git("merge-base", "--is-ancestor", result["commit"], "HEAD")
+    assert found is not None, f"{result['commit']} is not behind HEAD. {why_not}"
