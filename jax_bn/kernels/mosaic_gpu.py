@@ -113,17 +113,17 @@ def grad_input(dy, kept: Kept, sums, *, activation=None, dtype):
     """dx of the final equation, and dz; see `_stages.grad_input`."""
     del dtype  # x's
     n = jnp.maximum(kept.count, 1)
-    constant, slope = kept.rstd * sums[0] / n, kept.rstd**2 * sums[1] / n
+    constant, slope = sums[0] / n, kept.rstd * sums[1] / n
     with_dz = activation is not None and kept.y is not None
 
     def terms(x, dy, *others):
-        *y, mean, a, bias, constant, slope = others
+        *y, mean, a, bias, rstd, constant, slope = others
         dz = _dz(activation, x, dy, y, mean, a, bias)
-        dx = a * dz - constant - slope * (x - mean)
+        dx = a * dz - rstd * (constant + slope * (x - mean))
         return (dx, dz) if with_dz else (dx,)
 
     arrays, vectors = _operands(dy, kept, activation)
-    vectors += constant, slope
+    vectors += kept.rstd, constant, slope
     dx, *dz = _written(terms, arrays, vectors, 1 + with_dz, "bn_grad_input")
     if with_dz:
         return dx, dz[0].astype(jnp.float32)
