@@ -68,7 +68,8 @@ def markdown(result: dict) -> str:
         "fast as Flax's layer, and the bandwidth of the fewest passes over x as a share of that of "
         "the faster copy. By the clock, small arrays are the host's; the file has both."
     )
-    names = (*IMPLEMENTATIONS, *COPIES)
+    timed = {row["implementation"] for row in result["times"]}
+    names = [n for n in (*IMPLEMENTATIONS, *COPIES) if n in timed]
     for dtype in dict.fromkeys(row["dtype"] for row in result["times"]):
         lines: dict[tuple, dict[str, str]] = {}
         for row in (r for r in result["times"] if r["dtype"] == dtype):
