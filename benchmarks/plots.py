@@ -4,6 +4,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator
 
 from benchmarks.measure import PASSES
 from benchmarks.peers import FLAX, FUSED, OURS
@@ -64,6 +65,8 @@ def _bars(result: dict) -> Figure | None:
                      color=COLOURS[name], error_kw=dict(lw=0.8, ecolor="0.4"))  # fmt: skip
         axes.axhline(1, color=FLAXS, lw=2)
         axes.set_yscale("log", base=2)
+        low, high = axes.get_ylim()
+        axes.yaxis.set_major_locator(MaxNLocator(6) if high < 6 * low else LogLocator(2))
         axes.yaxis.set_major_formatter("{x:g}")
         labels = [f"{size(shape)}\n{dtype}" for shape, dtype in groups]
         axes.set_xticks([g + 0.45 for g in range(len(labels))], labels, fontsize=6)
