@@ -270,3 +270,51 @@ def test_the_commit_of_a_result_is_in_the_history(path):
         pytest.skip(why_not or "a shallow clone")
     found, why_not = git("merge-base", "--is-ancestor", result["commit"], "HEAD")
     assert found is not None, f"{result['commit']} is not behind HEAD. {why_not}"
+
+
+def of_the_h200(name):
+    path = record.ROOT / "benchmarks" / "results" / f"2026-11-26-{name}.json"
+    return json.loads(path.read_text())["times"]
+
+
+def test_readme_says_of_the_h200_what_was_measured():
+    section = (record.ROOT / "README.md").read_text().split("### On an H200")[1].split("\n## ")[0]
+    said = re.sub(r"\s+", " ", section)
+    for row in of_the_h200("1643-h200-resnet"):
+        on_device, by_clock = (f"{1e3 * s:.1f} ms" for s in (
+            row["device_seconds"], row["seconds"]["median"]
+        ))  # fmt: skip
+        ratio = f"{row['over_flax']['median']:.2f}".removesuffix(".00")
+        assert f"| {on_device} | {by_clock} | {ratio} | {row['compile_seconds']:.0f} s |" in said
+
+    of: dict[str, dict] = {}
+    for row in of_the_h200("1631-h200-steps"):
+        case = tuple(row["shape"]), row["after"]
+        of.setdefault(row["implementation"], {})[case] = row["device_seconds"]
+    xla, kernels, flax, torch = (
+        of[name] for name in ("jax_bn", "jax_bn kernels", "flax.linen", "torch channels-last")
+    )
+
+    def extremes(a, b):
+        ratios = [a[case] / b[case] for case in a]
+        return f"{min(ratios):.2f}", f"{max(ratios):.2f}"
+
+    assert "take {} to {} of Flax's time".format(*extremes(xla, flax)) in said
+    assert "the kernels {} to {}, ".format(*extremes(kernels, flax)) in said
+    low, high = extremes(torch, flax)
+    assert f"PyTorch's eager kernels {low} to {float(high):.1f}. " in said
+    low, _ = extremes(kernels, xla)
+    few = [kernels[case] / xla[case] for case in xla if case[0] == (256, 1024)]
+    assert f"{low} of the time at (32,7,7,2048)" in said
+    assert f"at (256,1024) {few[0]:.1f} and {few[1]:.1f} times as long" in said
+
+    quick = {
+        (row["measure"], row["dtype"], row["implementation"]): f"{row['over_flax']['median']:.2f}"
+        for row in of_the_h200("1651-h200-quick")
+    }
+    forward = [quick["forward", dtype, "jax_bn"] for dtype in ("float32", "bfloat16")]
+    assert "takes {} of Flax's time in float32 and {} in bfloat16".format(*forward) in said
+    network = [quick["network", "bfloat16", name] for name in ("jax_bn fused", "jax_bn")]
+    assert (
+        "take {} in bfloat16 with relu and residual in the layer, {} with".format(*network) in said
+    )
