@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from benchmarks.failures import attempt
 from benchmarks.timing import Program
 
 PAUSE = 0.02  # s between two programs: what lies further apart than half of it is of two
@@ -26,17 +27,23 @@ class Kernel(NamedTuple):
     seconds: float
 
 
-def device_times(programs: Mapping[str, Program], calls: int) -> dict[str, list[Kernel]]:
+def device_times(
+    programs: Mapping[str, Program], calls: int
+) -> tuple[dict[str, list[Kernel]], dict[str, str]]:
     """The kernels of a call of each program, in order; their seconds are medians of the calls.
 
-    Raises ValueError if they cannot be told from the record.
+    And why there are none, of a program whose kernels cannot be told from the record.
     """
     for program in programs.values():  # whatever is done once
         program.wait(program.call(*program.arguments[0]))
     try:
-        return _recorded_together(programs, calls)
+        return _recorded_together(programs, calls), {}
     except ValueError:  # the host was held up: now and then a record has a hole, or an end too many
-        return {name: _recorded_together({name: p}, calls)[name] for name, p in programs.items()}
+        found, failed = {}, {}
+        for name, program in programs.items():
+            with attempt(name, failed):
+                found |= _recorded_together({name: program}, calls)
+        return found, failed
 
 
 def _recorded_together(programs: Mapping[str, Program], calls: int) -> dict[str, list[Kernel]]:
@@ -57,10 +64,10 @@ def _recorded_together(programs: Mapping[str, Program], calls: int) -> dict[str,
 
 
 def apart(recorded: list[Kernel]) -> list[list[Kernel]]:
-    """Split where the device had nothing to do for half a pause."""
+    """Split where the device had nothing to do for half a pause. `recorded`: by their starts."""
     groups: list[list[Kernel]] = []
     idle_since = -float("inf")
-    for kernel in sorted(recorded, key=lambda k: k.start):
+    for kernel in recorded:
         if kernel.start - idle_since > PAUSE / 2:
             groups.append([])
         groups[-1].append(kernel)
@@ -73,6 +80,8 @@ def of_a_call(kernels: list[Kernel], calls: int) -> list[Kernel]:
     each, left = divmod(len(kernels), calls)
     if left or not each:
         raise ValueError(f"{len(kernels)} kernels are recorded; expected as many in {calls} calls")
+    if any(k.name != kernels[i % each].name for i, k in enumerate(kernels)):
+        raise ValueError(f"{calls} calls ran different kernels; expected the same, in one order")
     seconds = np.array([k.seconds for k in kernels]).reshape(calls, each)
     return [
         first._replace(seconds=float(median))
@@ -81,6 +90,7 @@ def of_a_call(kernels: list[Kernel], calls: int) -> list[Kernel]:
 
 
 def _recorded(folder: Path) -> list[Kernel]:
+    """In the order of their starts: each stream of the device has a line of its own."""
     found = []
     for path in folder.rglob("*.xplane.pb"):
         for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
@@ -91,4 +101,4 @@ def _recorded(folder: Path) -> list[Kernel]:
                             Kernel(e.name, e.start_ns / 1e9, e.duration_ns / 1e9)
                             for e in line.events
                         ]
-    return found
+    return sorted(found, key=lambda k: k.start)

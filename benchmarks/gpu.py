@@ -18,6 +18,7 @@ from pathlib import Path
 
 import jax
 
+from benchmarks import gpu_checks
 from benchmarks.__main__ import chosen, positive
 from benchmarks.gpu_programs import COPIES, IMPLEMENTATIONS
 from benchmarks.gpu_run import SECTIONS, Run, label
@@ -60,7 +61,11 @@ def why_not_here(dry_run: bool) -> str | None:
 def markdown(result: dict) -> str:
     """The times as tables, one for each dtype, and what was not measured."""
     parts = [f"{result['device']['kind']}, {result['date']}, commit {result['commit']}"]
-    parts.append(f"Checks passed: {len(result['checks'])}. The run: {result['ended']}.")
+    wrong = [c for c in result["checks"] if gpu_checks.why_wrong(c)]
+    checks = (
+        f"{len(result['checks'])}, of which {len(wrong)} failed" if result["checks"] else "none"
+    )
+    parts.append(f"Checks: {checks}. The run: {result['ended']}.")
     if result["settings"]["dry_run"]:
         parts.append("A dry run: the times are those of an interpreter and mean nothing.")
     parts.append(
@@ -78,11 +83,16 @@ def markdown(result: dict) -> str:
         body = [[*case, *(cells.get(n, "-") for n in names)] for case, cells in lines.items()]
         parts.append(f"## {dtype}\n\n" + table(["x", "then", "measure", *names], body))
     if result["not_measured"]:
-        reasons = dict.fromkeys(
-            f"- {row.get('implementation', label(row['shape']))}: {row['reason']}"
-            for row in result["not_measured"]
-        )
-        parts.append("## Not measured\n\n" + "\n".join(reasons))
+        reasons: dict[tuple, list[str]] = {}
+        for row in result["not_measured"]:
+            case = f"{label(row['shape'])} {row['dtype']}, then {row['after']}"
+            case += f", {row['measure']}" if "measure" in row else ""
+            reasons.setdefault((row.get("implementation"), row["reason"]), []).append(case)
+        lines = [
+            f"- {f'{name}: ' if name else ''}{reason} ({'; '.join(cases)})"
+            for (name, reason), cases in reasons.items()
+        ]
+        parts.append("## Not measured\n\n" + "\n".join(lines))
     return "\n\n".join(parts)
 
 

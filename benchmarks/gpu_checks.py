@@ -21,7 +21,7 @@ from benchmarks.gpu_programs import KERNELS, After, inputs, peer
 from benchmarks.measure import Inputs, functions
 
 FAR_OFF = 1e9  # an error that is no number, which JSON does not have
-KINK = 1e-4  # how near to relu's kink rounding may put z on the other side, and more
+KINK = 1e-4  # nearer than this, rounding may put z on the other side of relu's kink; generous
 
 
 @contextmanager
@@ -79,7 +79,7 @@ class Check(NamedTuple):
 def _off_the_kink(make: Callable[[], Inputs], after: After) -> Inputs:
     """Inputs with a dy of 0 where z is so near to 0 that its sign is a matter of rounding.
 
-    Of fifty million z a few are, and the largest sum of float32 tells one dy from none.
+    Of fifty million z a few lie so near, and one dy more or less shows in a float32 sum.
     """
     data = make()
     if not after.relu:

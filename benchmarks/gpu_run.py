@@ -52,6 +52,7 @@ class Plan(NamedTuple):
     network: resnet.Size
     after_in_checks: tuple[str, ...] = tuple(AFTER)
     after: tuple[str, ...] = TIMED
+    after_if_quick: tuple[str, ...] = ()  # and these, of the shapes in QUICK
     rotated: int = COLD  # bytes
     rounds: tuple[int, int] = (7, 101)  # at least, at most
     sample_seconds: float = 0.003
@@ -61,13 +62,12 @@ class Plan(NamedTuple):
 
     def cases(self) -> list[dict]:
         """Shapes, and what comes after; of the shapes in QUICK all that may come."""
-        rest = [a for a in AFTER if a not in self.after] if self is FULL else []
-        pairs = [*product(self.after, self.shapes), *product(rest, QUICK)]
+        pairs = [*product(self.after, self.shapes), *product(self.after_if_quick, QUICK)]
         return [dict(shape=shape, after=after) for after, shape in pairs]
 
 
 RESNET = resnet.Size((3, 4, 6, 3), 64, 256, 224, bottleneck=True, small_images=False, classes=1000)
-FULL = Plan(CHECKED, SHAPES, RESNET)
+FULL = Plan(CHECKED, SHAPES, RESNET, after_if_quick=("relu",))
 FAST = Plan(QUICK, QUICK, RESNET, after=TIMED[1:])
 TINY: list[Shape] = [(8, 256)]
 DRY = Plan(
@@ -236,28 +236,25 @@ class Run:
             for _, failed in made.values():
                 self.failed(failed, case)
             programs = {name: program for name, (program, _) in made.items() if program}
-            self.time(programs, self.plan.for_resnet, case | dict(compile_seconds=compiling))
+            self.time(programs, self.plan.for_resnet, case, compiling)
         self.write()
 
-    def time(self, programs: dict, seconds: float, case: dict) -> None:
-        """Rows of one group of programs, in interleaved rounds."""
+    def time(
+        self, programs: dict, seconds: float, case: dict, compiling: dict[str, float] | None = None
+    ) -> None:
+        """Rows of one group of programs, in interleaved rounds; `compiling`: s that each took."""
         least, most = self.plan.rounds
         effort = Effort(seconds, least, most, self.plan.sample_seconds)
         with self.plan.here():
             timings, failed = time_all(programs, FLAX, effort)
-            on_device = self.on_device({name: programs[name] for name in timings}, failed)
+            on_device, unread = self.on_device({name: programs[name] for name in timings})
         self.failed(failed, case)
-        self.result["times"] += rows(timings, case, on_device)
+        self.failed({f"{name}, kernel by kernel": why for name, why in unread.items()}, case)
+        self.result["times"] += rows(timings, case, on_device, compiling or {})
 
-    def on_device(self, programs: dict, failed: dict[str, str]) -> dict[str, list[Kernel]]:
+    def on_device(self, programs: dict) -> tuple[dict[str, list[Kernel]], dict[str, str]]:
         """The kernels of each program, where there is a GPU to run them."""
-        if self.args.dry_run:
-            return {}
-        try:
-            return device_times(programs, RECORDED)
-        except ValueError as e:
-            failed["kernel by kernel"] = str(e)
-            return {}
+        return ({}, {}) if self.args.dry_run else device_times(programs, RECORDED)
 
     def failed(self, reasons: dict[str, str], case: dict) -> None:
         lost = [case | dict(implementation=name, reason=why) for name, why in reasons.items()]
@@ -265,7 +262,10 @@ class Run:
 
 
 def rows(
-    timings: dict[str, Timing], case: dict, on_device: dict[str, list[Kernel]]
+    timings: dict[str, Timing],
+    case: dict,
+    on_device: dict[str, list[Kernel]],
+    compiling: dict[str, float],
 ) -> Iterator[dict]:
     """What the file says of each: seconds by the clock and on the device, and a rate.
 
@@ -277,7 +277,6 @@ def rows(
     busy = {name: sum(k.seconds for k in kernels) for name, kernels in on_device.items()}
     seconds = {name: busy.get(name, timing.seconds.median) for name, timing in timings.items()}
     copied = min((seconds[name] for name in COPIES if name in seconds), default=None)
-    compiling = case.pop("compile_seconds", {})
     for name, timing in timings.items():
         row = case | dict(implementation=name, seconds=timing.seconds._asdict())
         row |= dict(over_flax=timing.ratio and timing.ratio._asdict())
@@ -289,7 +288,7 @@ def rows(
             if FLAX in busy:
                 row |= dict(device_over_flax=busy[name] / busy[FLAX])
             if copied:  # a network's are too many
-                row |= dict(kernels=[(k.name[:60], k.seconds) for k in on_device[name]])
+                row |= dict(kernels=[(k.name[:120], k.seconds) for k in on_device[name]])
         if copied:
             passes = 2 if name in COPIES else AFTER[case["after"]].passes(case["measure"])
             rate, of_copy = passes * size / seconds[name], 2 * size / copied

@@ -90,24 +90,25 @@ def test_rates():
     case = dict(shape=(1000, 500), dtype="bfloat16", after="relu", measure="forward")
     one = Spread(2e-6, 1e-6, 3e-6)
     timings = {COPY: Timing(one, None, 7, 1), KERNELS: Timing(one, one, 7, 1)}
-    copy, ours = gpu_run.rows(timings, case, {})
+    copy, ours = gpu_run.rows(timings, case, {}, {})
     assert (copy["passes"], ours["passes"], copy["over_copy"]) == (2, 3, 1)
     assert ours["terabytes_per_second"] == pytest.approx(1.5)
     assert ours["over_copy"] == pytest.approx(1.5)
-    steps = gpu_run.rows(timings, case | dict(after="residual, relu", measure="step"), {})
+    steps = gpu_run.rows(timings, case | dict(after="residual, relu", measure="step"), {}, {})
     assert [row["passes"] for row in steps] == [2, 4 + 8]
     # The device worked half of the time at ours, in two kernels, and all of it at the copy.
     on_device = {COPY: [Kernel("a", 0, 2e-6)], KERNELS: [Kernel("b", 0, 0.6e-6)] * 2}
-    copy, ours = gpu_run.rows(timings, case, on_device)
+    copy, ours = gpu_run.rows(timings, case, on_device, {KERNELS: 3.0})
     assert (ours["launches"], ours["device_seconds"]) == (2, pytest.approx(1.2e-6))
     assert (copy["over_copy"], ours["over_copy"]) == (1, pytest.approx(2.5))
+    assert ours["compile_seconds"] == 3 and "compile_seconds" not in copy
 
 
 def test_a_record_is_split_into_programs_and_calls():
     """Two programs, of two kernels and of one, each called three times."""
     first = [Kernel("ab"[i % 2], 1e-3 * i, 1e-4 * (1 + i)) for i in range(6)]
     second = [Kernel("c", 1 + 2 * PAUSE + 1e-3 * i, 1.0 if i == 1 else 5e-4) for i in range(3)]
-    groups = apart([*reversed(second), *first])
+    groups = apart([*first, *second])
     assert groups == [first, second]
     a, b = of_a_call(groups[0], 3)
     assert (a.name, b.name) == ("a", "b")
@@ -115,6 +116,8 @@ def test_a_record_is_split_into_programs_and_calls():
     assert of_a_call(groups[1], 3)[0].seconds == pytest.approx(5e-4)
     with pytest.raises(ValueError, match="6 kernels are recorded; expected as many in 4"):
         of_a_call(first, 4)
+    with pytest.raises(ValueError, match="2 calls ran different kernels"):
+        of_a_call(first, 2)
 
 
 def test_inputs_rotate():
@@ -175,18 +178,19 @@ def test_no_cotangent_at_the_kink(after):
     z = (x - x.mean(0, keepdims=True)) / jnp.sqrt(x.var(0, keepdims=True) + 1e-5)
     z = sum(residual, z * made.scale[None] + made.bias[None])
     tamed = gpu_checks._off_the_kink(lambda: near(made, z), AFTER[after]).pairs[0][1]
-    if AFTER[after].residual:  # one z was put at 0
+    if AFTER[after].relu:  # one z was put at 0
         assert tamed[5, 3] == 0 and dy[5, 3] != 0
         tamed = tamed.at[5, 3].set(dy[5, 3])
     assert jnp.array_equal(tamed, dy) and tamed.dtype == dy.dtype
 
 
 def near(data, z):
-    """With a residual that brings one z to 0, if there is a residual."""
+    """With a residual, or else a bias, that brings one z to 0."""
     ((xs, dy),) = data.pairs
     x, *residual = xs
-    moved = [r.at[5, 3].add(-z[5, 3]) for r in residual]
-    return data._replace(pairs=[((x, *moved), dy)])
+    if not residual:
+        return data._replace(bias=data.bias.at[3].add(-z[5, 3]))
+    return data._replace(pairs=[((x, residual[0].at[5, 3].add(-z[5, 3])), dy)])
 
 
 def test_what_does_not_end_is_given_up():
@@ -226,4 +230,4 @@ def test_what_no_time_was_left_for_is_named(hopper, tmp_path, monkeypatch):
     run.all()
     lost = dict(shape=[8, 256], after="residual, relu", dtype="float32", reason="no time was left")
     assert is_json(out)["not_measured"] == [lost]
-    assert "- 8x256: no time was left" in gpu.markdown(run.result)
+    assert "- no time was left (8x256 float32, then residual, relu)" in gpu.markdown(run.result)
