@@ -372,6 +372,7 @@ GOOD = [
     dict(x=X, mask=np.ones((1, 3), bool)),
     dict(x=X, virtual_batch_size=2),
     dict(x=X[:, 0], axis=(), virtual_batch_size=4),
+    dict(x=X[:, 0], axis=0, virtual_batch_size=1),  # no batch axis at all
 ]
 BAD = [
     (dict(x=X[:0]), ValueError, r"x has shape \(0, 3\): no examples"),

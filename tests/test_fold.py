@@ -97,6 +97,16 @@ def test_linen(affine, norm, shape):
     )
 
 
+def test_linen_keeps_what_it_cannot_fold():
+    """The first has nothing before it, the last a relu."""
+    model = nn.Sequential([OURS(True), nn.Dense(4), OURS(True), nn.relu, FLAX(True)])
+    x = RNG.normal(size=(2, 4)).astype(np.float32)
+    variables = randomized(jax.eval_shape(model.init, jax.random.key(0), x))
+    apply, folded = fold_linen(model, variables, x)
+    assert folded["batch_stats"].keys() == {"layers_0", "layers_4"}
+    assert_folded((model.apply, variables), (apply, folded), (x,))
+
+
 def test_activation_and_residual_stay():
     """Those of ours; in Linen and in NNX."""
     x, residual = RNG.normal(size=(2, 2, 4)).astype(np.float32)

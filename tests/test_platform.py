@@ -99,3 +99,11 @@ def test_a_transpose_is_chosen_too():
     texts = {p: jax.jit(back).trace(X).lower(lowering_platforms=(p,)).as_text() for p in PLATFORMS}
     barriers = {p: text.count("optimization_barrier") for p, text in texts.items()}
     assert barriers["cpu"] > 0 and barriers["cuda"] == barriers["tpu"] == 0
+
+
+def test_two_that_differ_in_type_are_refused():
+    def f(x):
+        return on("cpu", lambda x: x.astype("bfloat16"), x, otherwise=lambda x: x)
+
+    with pytest.raises(TypeError, match=r"on cpu results are .*bfloat16.*; expected .*float32"):
+        jax.jit(f)(X)

@@ -1,5 +1,6 @@
 """What the kernels do not run is refused, by name and with the way out; nothing runs instead."""
 
+from types import SimpleNamespace
 from typing import Any
 
 from flax.nnx import Rngs
@@ -38,6 +39,23 @@ def test_an_old_jax_is_refused():
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")
 def test_no_gpu():
     with pytest.raises(NotImplementedError, match="the device is a cpu; expected an NVIDIA GPU"):
+        batch_norm(X, **OPTIONS)
+
+
+@pytest.mark.skipif(OLD, reason=f"jax is {jax.__version__}: refused for that")
+@pytest.mark.parametrize(
+    "device, found",
+    [
+        (SimpleNamespace(compute_capability="8.0"), "8.0"),
+        (SimpleNamespace(compute_capability="gfx942"), "gfx942"),
+        (SimpleNamespace(), "none"),
+    ],
+    ids=["Ampere", "AMD", "unknown"],
+)
+def test_another_gpu(device, found, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    with pytest.raises(NotImplementedError, match=f"capability {found}; expected 9.0 .Hopper"):
         batch_norm(X, **OPTIONS)
 
 
