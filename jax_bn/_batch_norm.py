@@ -100,7 +100,8 @@ def batch_norm(
     E[x]^2, whose error grows with (mean/std)^2. At worst, where two of the first three are the only
     outliers, it is sqrt(N/2) std away. With a mask, with complex x, and where x's type says that
     its batch axis is sharded, k is the mean itself, for a second sweep. y and dx then err by
-    eps(T)*|mean|/std, the rounding of the mean itself, beyond a few ulps.
+    eps(T)*|mean|/std, the rounding of the mean itself, beyond a few ulps. Derivatives of second
+    order by x in a narrower dtype have a few roundings to that dtype: JAX adds cotangents in it.
 
     Differentiable in x, scale, bias and residual, in y and in the statistics: reverse mode to any
     order, and forward over reverse (`jax.hessian`), exact. Forward mode of the function itself

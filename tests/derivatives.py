@@ -153,6 +153,11 @@ def seen(case: Case, numbers: Numbers, of: Results) -> Results:
 def assert_is_definition(case: Case, numbers: Numbers, actual: Results) -> None:
     """By the one tolerance."""
     of_terms = terms(case, sizes(case, numbers), actual)
+    if case.x in ("bfloat16", "float16"):
+        # The definition casts x once. The rule takes it as it is wherever it needs it, and JAX adds
+        # what a second derivative brings back from there in x's own dtype: a few roundings more.
+        term = 8 * float(jnp.finfo(case.x).eps) * np.abs(wide(actual.second.x)).max(initial=0)
+        of_terms = of_terms._replace(second=of_terms.second._replace(x=term))
     actual, plain, exact = (
         seen(case, numbers, r) for r in (actual, definition(case, numbers), oracle(case, numbers))
     )
