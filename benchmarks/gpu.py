@@ -88,11 +88,11 @@ def markdown(result: dict) -> str:
             case = f"{label(row['shape'])} {row['dtype']}, then {row['after']}"
             case += f", {row['measure']}" if "measure" in row else ""
             reasons.setdefault((row.get("implementation"), row["reason"]), []).append(case)
-        lines = [
+        left_out = [
             f"- {f'{name}: ' if name else ''}{reason} ({'; '.join(cases)})"
             for (name, reason), cases in reasons.items()
         ]
-        parts.append("## Not measured\n\n" + "\n".join(lines))
+        parts.append("## Not measured\n\n" + "\n".join(left_out))
     return "\n\n".join(parts)
 
 
