@@ -135,7 +135,8 @@ def batch_norm(
     higher ones and tangents XLA's. It runs on one device, under `vmap`, and under
     `shard_map(check_vma=False)`; `check_vma=True`, and a program that the compiler partitions, are
     refused. None stays with XLA's stages: on an H200 the kernels take 5% less of the device's time
-    of a ResNet-50, less than 1% less by the clock, and longer to compile (README, "On an H200").
+    of a ResNet-50, less than 1% less by the clock, and longer to compile (README, "On GPUs and
+    TPUs").
 
     Source: "Deriving Batch-Norm Backprop Equations"; Ioffe and Szegedy 2015 for the layer; Chan,
     Golub and LeVeque 1983 for the variance.
