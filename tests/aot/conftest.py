@@ -13,6 +13,7 @@ import pytest
 from benchmarks.compiled import compile_for_h200, compile_for_tpu, missing_compiler
 
 jax.config.update("jax_platforms", "cpu")  # before JAX starts, or the plugins look for devices
+jax.config.update("jax_enable_compilation_cache", False)  # whose programs want a device to load
 
 
 def pytest_addoption(parser):
