@@ -56,6 +56,7 @@ def _recorded_together(programs: Mapping[str, Program], calls: int) -> dict[str,
                     result = program.call(*program.arguments[i % len(program.arguments)])
                 program.wait(result)
         recorded = _recorded(Path(folder))
+    # Of one program alone a hole is no end.
     groups = apart(recorded) if len(programs) > 1 else [recorded]
     if len(groups) != len(programs):
         raise ValueError(f"{len(groups)} programs are recorded; expected {len(programs)}")

@@ -4,7 +4,7 @@ Float64 is switched on where a test asks for it (`jax.enable_x64`), so that all 
 precision of users.
 
 Tests make the same programs again and again, from new functions, for which JAX would compile them
-anew: a sixth of the time of all tests. Each process keeps those of its own, until it ends.
+anew. Each process keeps those of its own, until it ends.
 """
 
 import shutil

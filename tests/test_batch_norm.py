@@ -279,6 +279,15 @@ def test_constant_features_have_no_variance():
         np.testing.assert_array_equal(y, np.zeros((1000, 3)))
 
 
+@pytest.mark.parametrize("n", [5, 7, 10, 11])
+def test_no_variance_by_rounding_is_negative(n, random):
+    """With a mask the shift is a rounded mean: m2 is the difference of two squares of an ulp."""
+    x = jnp.asarray(np.repeat(random.normal(size=(1, 512)), n, 0), jnp.float32)
+    for f in (batch_norm, jax.jit(batch_norm)):
+        var = f(x, mask=jnp.ones(n, bool))[1].var
+        assert (var >= 0).all() and (var <= (EPS * x[0]) ** 2).all()
+
+
 def test_a_small_variance_is_not_none(x):
     """Statistics scale as x does: to the bit, by a power of two."""
     _, stats = batch_norm(x)

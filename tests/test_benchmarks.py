@@ -335,3 +335,10 @@ def test_readme_says_of_the_h200_what_was_measured():
     assert (
         "take {} in bfloat16 with relu and residual in the layer, {} with".format(*network) in said
     )
+    moved = {
+        row["implementation"]: f"{row['bytes_moved'] / 2**20:.0f}"
+        for row in of_the_h200("1651-h200-quick")
+        if (row["measure"], row["dtype"]) == ("network", "bfloat16") and row.get("bytes_moved")
+    }
+    told = f"move {moved['jax_bn fused']} MiB for {moved['jax_bn']} (Flax's {moved['flax.linen']})"
+    assert told in said

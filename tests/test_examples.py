@@ -77,8 +77,10 @@ def test_both_layers_train_alike(short_run):
     # At step 1 the two compute the same function of the same weights, and differ by rounding.
     rounding = np.finfo(np.float32).eps * np.sqrt(BATCH * 8 * 8)
     assert result["loss_difference_first_step"] <= rounding * np.log(10)  # a blind guess's loss
-    # Training magnifies rounding, but a wrong gradient parts the curves by the order of the loss.
-    assert result["loss_difference_largest"] < 0.1 * min(result["final_loss"])
+    # Training magnifies rounding, but a wrong gradient parts the curves by the order of the loss. A
+    # GPU's convolutions round otherwise in each run.
+    apart = 0.05 if jax.default_backend() == "cpu" else 0.1
+    assert result["loss_difference_largest"] < apart * min(result["final_loss"])
     assert result["kept_bytes"][0] < result["kept_bytes"][1]
 
 
