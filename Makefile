@@ -93,12 +93,9 @@ lint: $(VENV)/ready
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pyright --pythonpath $(RUN)
 
-# Known vulnerabilities of what is installed for development, from a database on the network.
+# Known vulnerabilities of what is installed for development; needs the network.
 audit: $(VENV)/ready
-	$(PYTHON) -m venv $(VENV)-audit
-	$(VENV)-audit/bin/python -m pip install --quiet pip-audit
-	$(RUN) -m pip freeze --exclude-editable >$(VENV)-audit/frozen.txt
-	$(VENV)-audit/bin/python -m pip_audit --requirement $(VENV)-audit/frozen.txt --no-deps --disable-pip --strict
+	$(RUN) .ci/audit.py
 
 $(VENV)-aot/ready: $(VENV)/ready
 	$(PYTHON) -m venv $(VENV)-aot
