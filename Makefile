@@ -93,9 +93,13 @@ lint: $(VENV)/ready
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pyright --pythonpath $(RUN)
 
-# Known vulnerabilities of what is installed for development; needs the network.
+# Known vulnerabilities of what is installed for development; needs the network. The version is given
+# since .ci/audit.py reaches into it.
 audit: $(VENV)/ready
-	$(RUN) .ci/audit.py
+	$(PYTHON) -m venv $(VENV)-audit
+	$(VENV)-audit/bin/python -m pip install --quiet pip-audit==2.10.1
+	$(RUN) -m pip freeze --exclude-editable >$(VENV)-audit/frozen.txt
+	$(VENV)-audit/bin/python .ci/audit.py --requirement $(VENV)-audit/frozen.txt --no-deps --disable-pip --strict
 
 $(VENV)-aot/ready: $(VENV)/ready
 	$(PYTHON) -m venv $(VENV)-aot

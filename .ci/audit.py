@@ -1,66 +1,39 @@
-"""Looks for known vulnerabilities of what is installed beside this Python: `python .ci/audit.py`.
+"""pip-audit, also beside an index that has no pages of versions: `audit.py OPTIONS-OF-PIP-AUDIT`.
 
-PyPI has the advisories of the Python Packaging Authority and of GitHub. It is asked for the page of
-each version; an index that keeps none, as a mirror, for that of the project, whose advisories are
-those of its newest version. pip-audit stops at such an index.
+The package index tells the advisories of a version on that version's page. A mirror may have none,
+only that of each project, which tells those of its newest version; pip-audit alone then finds
+nothing of any package.
 """
 
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
-import json
-import subprocess
-import sys
-from urllib.error import HTTPError
-from urllib.request import urlopen
+from typing import Any
 
-INDEX = "https://pypi.org/pypi"
+from packaging.version import Version
 
 
-def page(path: str) -> dict | None:
-    """What the index says of a project or of one version; None where it has no such page."""
-    try:
-        with urlopen(f"{INDEX}/{path}/json", timeout=60) as answer:
-            return json.load(answer)
-    except HTTPError as e:
-        if e.code != 404:
-            raise
-        return None
-
-
-def vulnerabilities(name: str, version: str, ask: Callable = page) -> list[str]:
-    """The advisories of one version, a line each; raises LookupError where they are not known."""
-    found = ask(f"{name}/{version}") or ask(name)
-    if found is None:
-        raise LookupError(f"{name} {version}: not at {INDEX}")
-    if (newest := found["info"]["version"]) != version:
-        raise LookupError(f"{name} {version}: {INDEX} has only its newest version, {newest}")
-    return [
-        f"{name} {version}: {v['id']}, fixed in {', '.join(v['fixed_in']) or 'no version'}"
-        for v in found["vulnerabilities"]
-        if not v["withdrawn"]
-    ]
+def page(ask: Callable, url: str, **options) -> Any:
+    """The answer on .../NAME/VERSION/json; if there is none, on NAME, where VERSION is its newest."""
+    answer = ask(url=url, **options)
+    if answer.status_code != 404:
+        return answer
+    project, version, _ = url.rsplit("/", 2)
+    of_project = ask(url=f"{project}/json", **options)
+    newest = of_project.status_code == 200 and of_project.json()["info"]["version"]
+    return of_project if newest and Version(newest) == Version(version) else answer
 
 
 def main() -> None:
-    """Exits with what was found, or could not be looked up."""
-    freeze = [sys.executable, "-m", "pip", "freeze", "--exclude-editable"]
-    frozen = subprocess.run(freeze, check=True, capture_output=True, text=True).stdout.split("\n")
-    # A version of one's own, such as 2.13.0+cpu, has the advisories of the one it is built from.
-    installed = [line.split("+")[0].split("==") for line in frozen if line]
+    """Runs pip-audit on the command line's arguments."""
+    from pip_audit import _cli
 
-    def look_up(package: list[str]) -> list[str]:
-        if len(package) != 2:
-            return [f"{package[0]}: not from an index"]
-        try:
-            return vulnerabilities(*package)
-        except LookupError as e:
-            return [str(e)]
+    class Service(_cli.PyPIService):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            ask = self.session.get
+            self.session.get = lambda url, **options: page(ask, url, **options)
 
-    with ThreadPoolExecutor(8) as pool:
-        if wrong := list(chain.from_iterable(pool.map(look_up, installed))):
-            sys.exit("\n".join(wrong))
-    print(f"{len(installed)} packages looked up: no known vulnerability")
+    _cli.PyPIService = Service
+    _cli.audit()
 
 
 if __name__ == "__main__":

@@ -22,16 +22,17 @@ Axes = Sequence[int]
 class Sweep(IntEnum):
     """The sweeps over x, or over dy and x, of one training step: compilers take two alike for one.
 
-    The number is that of the barriers on CPUs that tell the sweep's inputs from the others'.
+    The number is that of the barriers on CPUs that tell the sweep's inputs from the others'. It is
+    small where these are many: every barrier takes time to lower.
     """
 
     FIRST = 0  # the first sum, of the forward and of the backward pass
-    M2 = 1
-    NORMALIZE = 2
-    SHIFT = 3
-    GRAD_SUMS = 4
-    GRAD_INPUT = 5
-    GRAD_Z = 6
+    GRAD_SUMS = 1
+    GRAD_INPUT = 2
+    GRAD_Z = 3
+    M2 = 4
+    NORMALIZE = 5
+    SHIFT = 6
 
 
 def apart(v, sweep: Sweep):

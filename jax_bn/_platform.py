@@ -62,7 +62,22 @@ def _results(*avals, platform, here, elsewhere):
 
 def _lowered(ctx, *args, platform, here, elsewhere, lowered_for=None):
     chosen = here if platform == lowered_for else elsewhere
-    return mlir.lower_fun(_as_function(chosen), multiple_results=True)(ctx, *args)
+    # `mlir.lower_fun` does this too, but traces it once more first: a third of what lowering takes.
+    module = ctx.module_context
+    module = module if ctx.platforms is None else module.replace(platforms=ctx.platforms)
+    results, tokens = mlir.jaxpr_subcomp(
+        module,
+        chosen.jaxpr,
+        ctx.name_stack,
+        ctx.tokens_in,
+        [mlir.ir_constant(v) for v in chosen.consts],
+        *args,
+        dim_var_values=ctx.dim_var_values,
+        const_lowering=ctx.const_lowering,
+        outer_traceback=None,
+    )
+    ctx.set_tokens_out(tokens)
+    return results
 
 
 def _batched(args, dims, *, platform, here, elsewhere):

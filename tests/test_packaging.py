@@ -6,6 +6,7 @@ import runpy
 import subprocess
 import sys
 import tomllib
+from typing import NamedTuple
 
 import pytest
 
@@ -59,32 +60,28 @@ def test_every_least_version_is_what_the_gate_installs_on_the_oldest_python():
 
 # ---- the audit -----------------------------------------------------------------------------------
 
-ADVISORY = dict(id="A-1", fixed_in=["1.1"], summary="s", details="d", withdrawn=None)
 
+class Answer(NamedTuple):
+    status_code: int
+    version: str = ""
 
-def of_version(version, *advisories):
-    return dict(info=dict(version=version), vulnerabilities=list(advisories))
+    def json(self):
+        return dict(info=dict(version=self.version))
 
 
 @pytest.mark.parametrize(
-    "pages, expected",
+    "pages, found",
     [
-        ({"a/1.0": of_version("1.0")}, []),
-        ({"a/1.0": of_version("1.0", ADVISORY)}, ["a 1.0: A-1, fixed in 1.1"]),
-        (
-            {"a/1.0": of_version("1.0", ADVISORY | dict(fixed_in=[]))},
-            ["a 1.0: A-1, fixed in no version"],
-        ),
-        ({"a/1.0": of_version("1.0", ADVISORY | dict(withdrawn="2026-01-01T00:00:00Z"))}, []),
-        ({"a": of_version("1.0", ADVISORY)}, ["a 1.0: A-1, fixed in 1.1"]),
-        ({"a": of_version("1.1")}, "only its newest version, 1.1"),
-        ({}, "a 1.0: not at"),
+        ({"a/1.0": Answer(200, "1.0"), "a": Answer(200, "2.0")}, "a/1.0"),
+        ({"a": Answer(200, "1.0.0")}, "a"),
+        ({"a": Answer(200, "2.0")}, None),  # of which it says nothing about 1.0
+        ({"a/1.0": Answer(500), "a": Answer(200, "1.0")}, "a/1.0"),
+        ({}, None),
     ],
 )
-def test_the_audit_tells_what_is_known_and_what_is_not(pages, expected):
-    vulnerabilities = runpy.run_path(str(ROOT / ".ci/audit.py"))["vulnerabilities"]
-    if isinstance(expected, list):
-        assert vulnerabilities("a", "1.0", pages.get) == expected
-    else:
-        with pytest.raises(LookupError, match=expected):
-            vulnerabilities("a", "1.0", pages.get)
+def test_the_audit_takes_the_page_of_a_project_for_its_newest_version_alone(pages, found):
+    page = runpy.run_path(str(ROOT / ".ci/audit.py"))["page"]
+    answers = {f"index/{path}/json": answer for path, answer in pages.items()}
+    missing = Answer(404)
+    answer = page(lambda url, timeout: answers.get(url, missing), "index/a/1.0/json", timeout=1)
+    assert answer is (pages[found] if found else missing)
