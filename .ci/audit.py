@@ -12,7 +12,7 @@ from packaging.version import Version
 
 
 def page(ask: Callable, url: str, **options) -> Any:
-    """The answer on .../NAME/VERSION/json; if there is none, on NAME, where VERSION is its newest."""
+    """The answer on .../NAME/VERSION/json; if there is none, on NAME, if that is its newest."""
     answer = ask(url=url, **options)
     if answer.status_code != 404:
         return answer
