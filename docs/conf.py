@@ -67,6 +67,7 @@ PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "benchmarks/results/2026-11-22-1627-cpu.md": "results/2026-11-22-1627-cpu.md",
+    "benchmarks/results/2026-11-26-2009-cpu.md": "results/2026-11-26-2009-cpu.md",
     "benchmarks/results/2026-11-26-1428-cpu-stress.md": "results/2026-11-26-1428-cpu-stress.md",
     "benchmarks/results/2026-11-26-1631-h200-steps.md": "results/2026-11-26-1631-h200-steps.md",
     "benchmarks/results/2026-11-26-1643-h200-resnet.md": "results/2026-11-26-1643-h200-resnet.md",

@@ -5,6 +5,7 @@ from datetime import datetime
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 
@@ -270,6 +271,87 @@ def test_the_commit_of_a_result_is_in_the_history(path):
         pytest.skip(why_not or "a shallow clone")
     found, why_not = git("merge-base", "--is-ancestor", result["commit"], "HEAD")
     assert found is not None, f"{result['commit']} is not behind HEAD. {why_not}"
+
+
+def test_readme_and_results_say_of_the_cpu_what_was_measured():
+    """The table of aims beside what came out, of two result files, and the README's sentences."""
+    new, old = (
+        record.load(record.ROOT / f"benchmarks/results/2026-11-{when}-cpu.json")
+        for when in ("26-2009", "22-1627")
+    )
+
+    def ratios(result, measure, dtype, implementation="jax_bn"):
+        return [
+            r["over_flax"]["median"]
+            for r in result["times"]
+            if (r["measure"], r["dtype"], r["implementation"]) == (measure, dtype, implementation)
+        ]
+
+    def mean(*of):
+        return statistics.geometric_mean(ratios(*of))
+
+    def beside_torch(result, dtype):
+        return mean(result, "step", dtype) / mean(result, "step", dtype, "torch channels-last")
+
+    def overhead(result, *which):
+        return max(
+            r["over_flax"]["median"]
+            for r in result["overhead"]["rows"]
+            if r["implementation"] == "jax_bn" and r["what"] in which
+        )
+
+    calls = "trace", "eager forward", "eager step", "jitted forward", "jitted step"
+    aims = {
+        "| step, float32: 0.75": lambda r: mean(r, "step", "float32"),
+        "| step, bfloat16: 0.42": lambda r: mean(r, "step", "bfloat16"),
+        "| step, every shape: 1.0": lambda r: max(
+            ratios(r, "step", "float32") + ratios(r, "step", "bfloat16")
+        ),
+        "layer, float32: 0.8": lambda r: mean(r, "network", "float32", "jax_bn fused"),
+        "| the same, bfloat16: 0.7": lambda r: mean(r, "network", "bfloat16", "jax_bn fused"),
+        "channels-last, float32: 1.2": lambda r: beside_torch(r, "float32"),
+        "| the same, bfloat16: 1.0": lambda r: beside_torch(r, "bfloat16"),
+        "| compiling a step: 1.2": lambda r: overhead(r, "compile"),
+        "without `jit`: 1.2": lambda r: overhead(r, *calls),
+    }
+    table = (record.ROOT / "docs/results.md").read_text()
+    for aim, reached in aims.items():
+        assert f"{aim} | {reached(new):.2f} ({reached(old):.2f}) |" in table
+
+    def pair(result, measure, name="jax_bn"):
+        float32, bfloat16 = (mean(result, measure, d, name) for d in ("float32", "bfloat16"))
+        return f"{float32:.2f} and {bfloat16:.2f}"
+
+    torch, fused = "torch channels-last", "jax_bn fused"
+    said = " ".join((record.ROOT / "README.md").read_text().split())
+    assert f"the step takes {pair(new, 'step')} of Flax's time" in said
+    assert f"(PyTorch channels-last {pair(new, 'step', torch)})" in said
+    assert (
+        f"in the layer {pair(new, 'network', fused)} (PyTorch {pair(new, 'network', torch)})"
+        in said
+    )
+    assert f"ours were {pair(old, 'step')}, {pair(old, 'network', fused)}" in said
+
+    few = {
+        r["shape"][-1]: r["over_flax"]["median"]
+        for r in new["scaling"]["rows"]
+        if r["implementation"] == "jax_bn" and r["shape"][-1] != 64
+    }
+    assert (
+        "takes {:.1f} times Flax's at one feature, {:.1f} at two, {:.1f} at four, {:.1f} at eight, "
+        "and less than Flax's from 16 on".format(*(few[n] for n in (1, 2, 4, 8)))
+    ) in said
+    assert max(ratio for features, ratio in few.items() if features >= 16) < 1
+    of = {
+        (r["what"], r["implementation"]): r["over_flax"]["median"] for r in new["overhead"]["rows"]
+    }
+    compiling = of["compile", "jax_bn"], of["compile", fused]
+    assert (
+        "takes {:.1f} times as long as with Flax's Linen layer, {:.1f} with".format(*compiling)
+        in said
+    )
+    beside_nnx = of["eager forward", "jax_bn"] / of["eager forward", "flax.nnx"]
+    assert f"takes {beside_nnx:.1f} times that of NNX's" in said
 
 
 def of_the_h200(name):
