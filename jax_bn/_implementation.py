@@ -15,11 +15,13 @@ from jax_bn._stages import Stages
 
 NAMES = ("xla", "mosaic_gpu")
 OLDEST_JAX = (0, 11)  # with Mosaic GPU's interpreter and `out_type`
-STATIC = (  # arguments of each of the four
+STATIC = (  # arguments of each of the four, and of the passes
     ("axes", "dtype"),
     ("activation", "dtype"),
     ("activation", "axes"),
     ("activation", "dtype"),
+    ("activation", "axes", "dtype", "epsilon", "y_dtype"),
+    ("activation", "axes", "dtype"),
 )
 
 
@@ -55,17 +57,19 @@ def stages(name: str, x, mask, residual, **options) -> Stages:
 
         why = mosaic_gpu.why_not_here() or mosaic_gpu.why_not(x, mask, residual, **options)
         if why is None:
-            return _wrapped(mosaic_gpu.STAGES)
+            return _wrapped(mosaic_gpu.stages(x, residual, options["activation"]))
     raise NotImplementedError(f'implementation="{name}": {why}. implementation=None runs it')
 
 
 @cache
 def _wrapped(kernels: Stages) -> Stages:
     """The stages of kernels; always the same functions, since JAX keeps programs by these."""
-    return Stages(*map(_stage, kernels, _stages.XLA, STATIC))
+    return Stages(*map(_stage, kernels, _stages.WHOLE, STATIC))
 
 
-def _stage(kernel, definition, static):
+def _stage(kernel, definition, static) -> Any:
+    if kernel is None:
+        return None
     import jax_bn.kernels._one_device as _one_device
 
     def stage(first, *args, **options):
