@@ -135,11 +135,10 @@ def batch_norm(
     of the features is; relu, leaky_relu or no activation, no mask. First derivatives are its own,
     higher ones and tangents XLA's. Where x stays on the chip, as 2048 examples of 2048 features in
     bfloat16 do, forward and backward are one kernel each; not under `axis_name`, nor the forward
-    pass of `batch_renorm`. It runs on one device, under `vmap`, and under
-    `shard_map(check_vma=False)`; `check_vma=True`, and a program that the compiler partitions, are
-    refused. None stays with XLA's stages: on an H200 the kernels take 5% less of the device's time
-    of a ResNet-50, less than 1% less by the clock, and longer to compile (README, "On GPUs and
-    TPUs").
+    pass of `batch_renorm`. It runs on one device, under `vmap`, and under `shard_map`; a program
+    that the compiler partitions is refused. None stays with XLA's stages: on an H200 the kernels
+    take 5% less of the device's time of a ResNet-50, less than 1% less by the clock, and longer to
+    compile (README, "On GPUs and TPUs").
 
     Source: "Deriving Batch-Norm Backprop Equations"; Ioffe and Szegedy 2015 for the layer; Chan,
     Golub and LeVeque 1983 for the variance.

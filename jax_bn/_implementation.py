@@ -1,11 +1,12 @@
 """Which stages run: a name -> `Stages`, and why one is refused.
 
 Each backend is imported when it is asked for by name. Here its stages get what all of them need:
-one program for each shape, a refusal where a compiler would have to partition them, and derivatives
-of their own, those of the XLA stages, so that a second derivative never has to look into a kernel.
+one program for each shape, a refusal where a compiler would have to partition them, results that by
+their types vary as the arguments do, and derivatives of their own, those of the XLA stages, so that
+a second derivative never has to look into a kernel.
 """
 
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import jax
@@ -47,11 +48,6 @@ def stages(name: str, x, mask, residual, **options) -> Stages:
         return _stages.XLA
     if jax.__version_info__ < OLDEST_JAX:
         why = f"jax is {jax.__version__}; expected 0.11 or later"
-    elif _devices._varying(x):
-        why = (
-            f"x varies along {sorted(_devices._varying(x))} by its type, which a kernel's results "
-            "have not; expected shard_map(check_vma=False)"
-        )
     else:
         import jax_bn.kernels.mosaic_gpu as mosaic_gpu
 
@@ -73,13 +69,17 @@ def _stage(kernel, definition, static) -> Any:
     import jax_bn.kernels._one_device as _one_device
 
     def stage(first, *args, **options):
+        def typed(f, args):  # a kernel does not say that its results differ between devices
+            results, given = f(*args, **options), jax.tree.leaves(args)
+            return jax.tree.map(lambda v: _devices.varying_as(v, *given), results)
+
         @jax.custom_jvp
         def run(first, *args):
-            return kernel(_one_device.on_one_device(first), *args, **options)
+            return typed(kernel, (_one_device.on_one_device(first), *args))
 
         @run.defjvp
         def _(primals, tangents):
-            return jax.jvp(partial(definition, **options), primals, tangents)
+            return jax.jvp(lambda *args: typed(definition, args), primals, tangents)
 
         return run(first, *args)
 

@@ -178,7 +178,9 @@ def test_what_the_compiler_would_partition_is_refused(for_h200):
         for_h200(block, *arguments((256, 7, 7, 512), "bfloat16"), devices=8)
 
 
-def test_inside_shard_map(for_h200):
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("axis_name, kernels, sums", [("data", 4, 3), (None, 2, 0)])
+def test_inside_shard_map(axis_name, kernels, sums, check_vma, for_h200):
     """Each of two devices launches the kernels; all-reduces are those of XLA's stages."""
     del for_h200  # the compiler is here
     devices = described_h200s(2)
@@ -188,12 +190,13 @@ def test_inside_shard_map(for_h200):
     x = jax.ShapeDtypeStruct((256, 1024), jnp.bfloat16, sharding=spread)
 
     def step(x):
-        options: Any = dict(axis_name="data", implementation="mosaic_gpu")
+        options: Any = dict(axis_name=axis_name, implementation="mosaic_gpu")
         y, pull = jax.vjp(lambda x: jax_bn.batch_norm(x, **options)[0], x)
         return y, pull(y)[0]
 
-    mapped = jax.shard_map(step, mesh=mesh, in_specs=over, out_specs=over, check_vma=False)
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=over, out_specs=over, check_vma=check_vma)
     with seen_by_pallas():
         compiled = jax.jit(mapped).trace(x).lower().compile()
-    assert len(re.findall(r'custom_call_target="mosaic_gpu', compiled.as_text() or "")) == 4
-    assert collectives_in(compiled)[0] == {"all-reduce": 3}
+    launches = re.findall(r'custom_call_target="mosaic_gpu', compiled.as_text() or "")
+    assert len(launches) == kernels
+    assert collectives_in(compiled)[0]["all-reduce"] == sums

@@ -44,6 +44,37 @@ def assert_right(hopper, arrays, scale, bias, **options):
     assert_as_accurate(actual, step(batch_norm, *args, **options), oracle, x.size // x.shape[-1])
 
 
+def assert_right_inside_shard_map(hopper, shape, check_vma: bool, axis_name: str | None):
+    """y and all gradients on a mesh of one device, by types that say what is shared, or do not."""
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    over, shared = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
+    (x, residual, _), scale, bias = case(shape, "float32")
+
+    def on_each(*args, **options):
+        own: Any = dict(axis_name=axis_name, activation=LEAKY) | options
+
+        def run(x, residual, scale, bias):
+            y, stats = batch_norm(x, scale, bias, residual=residual, **own)
+            loss = jnp.sum(jnp.sin(y)) + jnp.sum(jnp.cos(stats.mean) * stats.var)
+            return loss[None], y
+
+        loss, pull, y = jax.vjp(run, *args, has_aux=True)
+        return y, pull(jnp.ones_like(loss))
+
+    def mapped(*args, **options):
+        specs = over, over, shared, shared
+        f = jax.shard_map(
+            partial(on_each, **options), mesh=mesh, in_specs=specs,
+            out_specs=(over, specs), check_vma=check_vma,
+        )  # fmt: skip
+        return f(*args)
+
+    args = x, residual, scale, bias
+    with hopper():
+        actual = mapped(*args, **KERNELS)
+    assert_as_accurate(actual, mapped(*args), in_float64(mapped, *args), shape[0])
+
+
 def kernels_in(hopper, f, *args) -> set[str]:
     """Names of those in the program of f and its derivative by the first argument."""
 

@@ -8,7 +8,14 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import pytest
-from steps import KERNELS, LEAKY, assert_right, case, kernels_in
+from steps import (
+    KERNELS,
+    LEAKY,
+    assert_right,
+    assert_right_inside_shard_map,
+    case,
+    kernels_in,
+)
 from tolerance import assert_as_accurate, in_float64
 
 from jax_bn import batch_norm
@@ -104,6 +111,12 @@ def test_vmap(hopper):
     with hopper():
         actual = dx(x, scale, **KERNELS)
     assert_as_accurate(actual, dx(x, scale), in_float64(dx, x, scale), 16)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_inside_shard_map(check_vma, hopper):
+    assert_right_inside_shard_map(hopper, (16, 256), check_vma, "data")
 
 
 def test_the_kernels_are_what_runs(hopper):

@@ -6,7 +6,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from steps import KERNELS, LEAKY, assert_right, case, kernels_in
+from steps import (
+    KERNELS,
+    LEAKY,
+    assert_right,
+    assert_right_inside_shard_map,
+    case,
+    kernels_in,
+)
 from test_mosaic_gpu import EXAMPLES, FEATURES, STAGES
 from tolerance import assert_as_accurate, in_float64
 
@@ -171,6 +178,13 @@ def test_vmap(hopper):
     with hopper():
         actual = dx(x, scale, **KERNELS)
     assert_as_accurate(actual, dx(x, scale), in_float64(dx, x, scale), 64)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_inside_shard_map(check_vma, hopper):
+    """Without `axis_name`: each device has statistics of its own."""
+    assert_right_inside_shard_map(hopper, (64, 16), check_vma, None)
 
 
 def test_where_the_stages_run(hopper):
