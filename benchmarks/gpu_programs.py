@@ -24,7 +24,10 @@ MEASURES = ("forward", "backward", "step")  # as in `measure`
 
 
 class After(NamedTuple):
-    """What follows the normalization, and the fewest passes over arrays beyond the caches."""
+    """What follows the normalization, and the fewest passes over arrays beyond the caches.
+
+    Of an x that stays on the chip each array is read once: its rates are those of passes saved.
+    """
 
     relu: bool
     residual: bool

@@ -1,11 +1,12 @@
 """Which stages run: a name -> `Stages`, and why one is refused.
 
 Each backend is imported when it is asked for by name. Here its stages get what all of them need:
-one program for each shape, a refusal where a compiler would have to partition them, and derivatives
-of their own, those of the XLA stages, so that a second derivative never has to look into a kernel.
+one program for each shape, a refusal where a compiler would have to partition them, results that by
+their types vary as the arguments do, and derivatives of their own, those of the XLA stages, so that
+a second derivative never has to look into a kernel.
 """
 
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import jax
@@ -15,11 +16,13 @@ from jax_bn._stages import Stages
 
 NAMES = ("xla", "mosaic_gpu")
 OLDEST_JAX = (0, 11)  # with Mosaic GPU's interpreter and `out_type`
-STATIC = (  # arguments of each of the four
+STATIC = (  # arguments of each of the four, and of the passes
     ("axes", "dtype"),
     ("activation", "dtype"),
     ("activation", "axes"),
     ("activation", "dtype"),
+    ("activation", "axes", "dtype", "epsilon", "y_dtype"),
+    ("activation", "axes", "dtype"),
 )
 
 
@@ -45,37 +48,38 @@ def stages(name: str, x, mask, residual, **options) -> Stages:
         return _stages.XLA
     if jax.__version_info__ < OLDEST_JAX:
         why = f"jax is {jax.__version__}; expected 0.11 or later"
-    elif _devices._varying(x):
-        why = (
-            f"x varies along {sorted(_devices._varying(x))} by its type, which a kernel's results "
-            "have not; expected shard_map(check_vma=False)"
-        )
     else:
         import jax_bn.kernels.mosaic_gpu as mosaic_gpu
 
         why = mosaic_gpu.why_not_here() or mosaic_gpu.why_not(x, mask, residual, **options)
         if why is None:
-            return _wrapped(mosaic_gpu.STAGES)
+            return _wrapped(mosaic_gpu.stages(x, residual, options["activation"]))
     raise NotImplementedError(f'implementation="{name}": {why}. implementation=None runs it')
 
 
 @cache
 def _wrapped(kernels: Stages) -> Stages:
     """The stages of kernels; always the same functions, since JAX keeps programs by these."""
-    return Stages(*map(_stage, kernels, _stages.XLA, STATIC))
+    return Stages(*map(_stage, kernels, _stages.WHOLE, STATIC))
 
 
-def _stage(kernel, definition, static):
+def _stage(kernel, definition, static) -> Any:
+    if kernel is None:
+        return None
     import jax_bn.kernels._one_device as _one_device
 
     def stage(first, *args, **options):
+        def typed(f, args):  # a kernel does not say that its results differ between devices
+            results, given = f(*args, **options), jax.tree.leaves(args)
+            return jax.tree.map(lambda v: _devices.varying_as(v, *given), results)
+
         @jax.custom_jvp
         def run(first, *args):
-            return kernel(_one_device.on_one_device(first), *args, **options)
+            return typed(kernel, (_one_device.on_one_device(first), *args))
 
         @run.defjvp
         def _(primals, tangents):
-            return jax.jvp(partial(definition, **options), primals, tangents)
+            return jax.jvp(lambda *args: typed(definition, args), primals, tangents)
 
         return run(first, *args)
 

@@ -49,8 +49,10 @@ _checkpointed: Any = partial(jax.checkpoint, prevent_cse=False, static_argnums=(
 
 @_with_jvp
 def normalize(spec, args):
-    """y, by the stage of the backend."""
-    x, _, _, mean, rstd, scale, bias, residual, _ = args
+    """y, by the stage of the backend; or that which is there, from `forward`."""
+    x, _, _, mean, rstd, scale, bias, residual, y = args
+    if y is not None:
+        return y
     return spec.stages.normalize(
         x, mean, rstd, scale, bias, residual, activation=spec.activation, dtype=spec.y_dtype
     )
@@ -159,6 +161,36 @@ def _moments_jvp(spec, primals, tangents):
     dx, _ = tangents
     dmean, dm2 = _tangent_of_moments(spec, x, mask, count, shift + offset, dx)
     return (count, shift, offset, m2), (jnp.zeros_like(count), jnp.zeros_like(shift), dmean, dm2)
+
+
+def forward(spec, x, scale, bias, residual, epsilon):
+    """y, count, mean, var and rstd by a whole pass of the backend.
+
+    The pass is not differentiated: mean and var are functions of x by the rule of this section, and
+    the others constants, to be given to `normalize`, whose rule has all ways in which x reaches y.
+    """
+    constants = jax.lax.stop_gradient((x, scale, bias, residual))
+    y, count, mean, var, rstd = spec.stages.forward(
+        *constants, axes=spec.axes, epsilon=epsilon, activation=spec.activation,
+        dtype=spec.stat_dtype, y_dtype=spec.y_dtype,
+    )  # fmt: skip
+    mean, var = _mean_and_var(spec, x, count, mean, var)
+    return y, count, mean, var, rstd
+
+
+@_with_jvp
+def _mean_and_var(spec, x, count, mean, var):
+    del spec, x, count
+    return mean, var
+
+
+@_mean_and_var.defjvp
+def _mean_and_var_jvp(spec, primals, tangents):
+    x, count, *statistics = primals
+    count, *statistics = _residuals.named_statistics((count, *statistics))
+    mean, var = _mean_and_var(spec, x, count, *statistics)
+    dmean, dm2 = _tangent_of_moments(spec, x, None, count, mean, tangents[0])
+    return (mean, var), (dmean, dm2 / jnp.maximum(count, 1))
 
 
 @_checkpointed

@@ -3,6 +3,8 @@
     forward    moments(x)      --merge over devices-->   normalize(x, mean, rstd, scale, bias, ...)
     backward   grad_sums(dy, kept)  --sum over devices-->   grad_input(dy, kept, sums)
 
+On one device nothing has to happen at the arrows: a backend may have each line as one function.
+
 `Stages` is what a backend has to provide. The versions here are at once the default backend, the
 definition of what every other one must compute, and the oracle it is tested against. A stage works
 on the examples it is given: it knows nothing of automatic differentiation and nothing of devices.
@@ -43,12 +45,18 @@ class Kept(NamedTuple):
 
 
 class Stages(NamedTuple):
-    """A backend: four pure functions with the signatures of those below."""
+    """A backend: four pure functions with the signatures of those below; and, if it has them, two.
+
+    A whole pass is used in the place of its two stages where no mask is, nothing is summed over
+    devices, and scale and bias do not depend on the statistics.
+    """
 
     moments: Callable
     normalize: Callable
     grad_sums: Callable
     grad_input: Callable
+    forward: Callable | None = None
+    backward: Callable | None = None
 
 
 def _jit(*static: str) -> Any:
@@ -189,6 +197,40 @@ def centred(kept: Kept):
 
 
 XLA = Stages(moments, normalize, grad_sums, grad_input)
+
+
+# ---- whole passes --------------------------------------------------------------------------------
+
+
+def forward(x, scale, bias, residual, *, axes: Axes, epsilon, activation=None, dtype, y_dtype):
+    """`moments` and `normalize`. :: [N, C] -> y[N, C] in y_dtype; count, mean, var, rstd [1, C]"""
+    count, shift, offset, m2 = moments(x, None, axes=axes, dtype=dtype)
+    mean, var, rstd = statistics(count, shift, offset, m2, epsilon)
+    y = normalize(x, mean, rstd, scale, bias, residual, activation=activation, dtype=y_dtype)
+    return y, count, mean, var, rstd
+
+
+def backward(dy, kept: Kept, *, activation=None, axes: Axes, dtype):
+    """`grad_sums` and `grad_input`. :: [N, C] -> (dbias, dscale) [1, C], dx[N, C], dz[N, C]"""
+    sums = grad_sums(dy, kept, activation=activation, axes=axes)
+    return sums, *grad_input(dy, kept, scaled(sums, kept), activation=activation, dtype=dtype)
+
+
+WHOLE = XLA._replace(forward=forward, backward=backward)  # what each of the six has to compute
+
+
+def statistics(count, shift, offset, m2, epsilon):
+    """mean, var and rstd of what `moments` gives.
+
+    One example, or none, has no x_hat: rstd = 0 makes it 0, so that y = bias and dx = 0, exactly.
+    """
+    mean, var = shift + offset, m2 / jnp.maximum(count, 1)
+    return mean, var, jnp.where(count > 1, lax.rsqrt(var + epsilon), 0).astype(mean.dtype)
+
+
+def scaled(sums, kept: Kept):
+    """The two sums of dx_hat = scale*dz."""
+    return tuple(_times(v, kept.scale) for v in sums)
 
 
 def _shift(x, mask, n, axes: Axes, dtype):

@@ -15,19 +15,13 @@ from jax_bn import _arguments, _implementation, _shapes, _vjp
 from jax_bn._statistics import BatchStats, merge_stacked
 
 
-def as_given(scale, bias, stats: BatchStats):
-    """The scale and the bias of x_hat in `batch_norm`."""
-    del stats
-    return scale, bias
-
-
 def in_training(
     x,
     scale,
     bias,
     *,
     running=None,
-    affine: Callable = as_given,
+    affine: Callable | None = None,
     axis,
     epsilon,
     mask,
@@ -41,6 +35,8 @@ def in_training(
     implementation,
 ) -> tuple[jax.Array, BatchStats]:
     """`batch_norm`, with the scale and the bias of x_hat as `affine` makes them of the statistics.
+
+    None: as they are given.
 
     affine :: (scale[1, C] | None, bias[1, C] | None, stats[1, C], *running[1, C]) -> scale, bias
 
@@ -72,7 +68,10 @@ def in_training(
     spec = _vjp.Spec(reduced, stat_dtype, y_dtype, names, groups, activation, forward_mode)
 
     def affine_of(count, mean, var):
+        assert affine is not None
         return affine(scale, bias, BatchStats(mean, var, count), *running)
+
+    scale_and_bias = (scale, bias) if affine is None else affine_of
 
     def one_batch(x, mask, residual):
         stages = _implementation.stages(
@@ -86,7 +85,7 @@ def in_training(
             y_dtype=y_dtype,
         )
         here = spec._replace(stages=stages)
-        y, count, mean, var = _vjp.batch_norm(here, x, mask, affine_of, residual, epsilon)
+        y, count, mean, var = _vjp.batch_norm(here, x, mask, scale_and_bias, residual, epsilon)
         count = jnp.broadcast_to(count, mean.shape)
         return y, BatchStats(*(jnp.squeeze(v, reduced) for v in (mean, var, count)))
 

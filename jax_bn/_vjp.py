@@ -7,6 +7,10 @@ The way of the data, on each device (a single one: the sums over devices are the
     backward   dy, kept -> grad_sums -> dbias, dscale here -> sum over devices -> sums
                dy, kept, sums -> grad_input -> dx, dz
 
+Where a backend has a line of `_stages` as one function, and nothing is summed over devices, that
+runs in the place of the two stages; its y and statistics are constants, and the same rules say how
+they move with x.
+
 Glossary (* marks an array of x's size, the others hold one number a feature):
 
     x* y*  input, output     mean var   statistics          x_hat*  (x - mean)*rstd
@@ -19,6 +23,7 @@ the statistics too, are in `_jvp`. The merge over devices is plain code between 
 differentiates it, and so gets its transpose right in every parallel mode.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -26,7 +31,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from jax_bn import _activations, _devices, _jvp, _residuals, _statistics
+from jax_bn import _activations, _devices, _jvp, _residuals, _stages, _statistics
 from jax_bn._jvp import Spec
 from jax_bn._stages import Kept
 
@@ -34,30 +39,39 @@ from jax_bn._stages import Kept
 _with_vjp: Any = partial(jax.custom_vjp, nondiff_argnums=(0,))
 
 
-def batch_norm(spec: Spec, x, mask, affine, residual, epsilon):
+def batch_norm(spec: Spec, x, mask, affine: tuple | Callable, residual, epsilon):
     """All of it. :: x[N, C], affine -> y[N, C]; count, mean, var [1, C].
 
-    affine :: count, mean, var -> scale[1, C], bias[1, C]. It is plain code as the merge is.
+    affine: scale[1, C] and bias[1, C], or plain code, as the merge is, that makes them.
+    :: count, mean, var -> scale, bias
     """
     # A masked x differs between devices as its mask does; a residual's cotangent as y does.
     x = _devices.varying_as(x, mask)
     x = _residuals.named_x(x)
+    if spec.stages.forward is None or spec.axis_name or callable(affine):
+        y, (count, mean, var, rstd) = None, _merged_statistics(spec, x, mask, epsilon)
+        scale, bias = affine(count, mean, var) if callable(affine) else affine
+    else:
+        scale, bias = affine
+        y, count, mean, var, rstd = _jvp.forward(spec, x, scale, bias, residual, epsilon)
+    # A rule's cotangents lie as its arguments do, and what it computes lies as x does.
+    scale, bias = (_devices.placed_as(v, x) for v in (scale, bias))
+    residual = _devices.placed_as(residual, x)
+    residual = None if residual is None else _devices.varying_as(residual, x, scale, bias)
+    rule = _jvp.normalize if spec.forward_mode else _normalize
+    n, m, r = _residuals.named_statistics(lax.stop_gradient((count, mean, rstd)))
+    y = rule(spec, Kept(x, mask, n, m, r, scale, bias, residual, y))
+    return y, count, mean, var
+
+
+def _merged_statistics(spec, x, mask, epsilon):
+    """count, mean, var and rstd of all devices' examples."""
     count, shift, offset, m2 = _jvp.moments(spec, x, mask)
     count, shift = lax.stop_gradient((count, shift))
     if spec.axis_name:
         total = partial(_devices.psum, spec)
         count, shift, offset, m2 = _statistics.merge_moments(count, shift, offset, m2, total)
-    mean, var = shift + offset, m2 / jnp.maximum(count, 1)
-    # One example, or none, has no x_hat: rstd = 0 makes it 0, so that y = bias and dx = 0, exactly.
-    rstd = jnp.where(count > 1, lax.rsqrt(var + epsilon), 0).astype(spec.stat_dtype)
-    # A rule's cotangents lie as its arguments do, and what it computes lies as x does.
-    scale, bias = (_devices.placed_as(v, x) for v in affine(count, mean, var))
-    residual = _devices.placed_as(residual, x)
-    residual = None if residual is None else _devices.varying_as(residual, x, scale, bias)
-    rule = _jvp.normalize if spec.forward_mode else _normalize
-    n, m, r = _residuals.named_statistics(lax.stop_gradient((count, mean, rstd)))
-    y = rule(spec, Kept(x, mask, n, m, r, scale, bias, residual))
-    return y, count, mean, var
+    return count, *_stages.statistics(count, shift, offset, m2, epsilon)
 
 
 # ---- the rules of y ------------------------------------------------------------------------------
@@ -107,18 +121,22 @@ def _normalize_fwd(spec, args):
 def _beside_x(activation, residual, y):
     """What of x's size, x apart, is kept. y is there anyway: the next layer keeps it."""
     if activation is None or residual is None:
-        return dict(residual=None)
+        return dict(residual=None, y=None)
     if _activations.sides(activation) is None:
-        return dict(residual=residual)
+        return dict(residual=residual, y=None)
     return dict(residual=None, y=y)
 
 
 def _normalize_bwd(spec, residuals, dy):
     kept, like = residuals
-    here = spec.stages.grad_sums(dy, kept, activation=spec.activation, axes=spec.axes)
-    scaled = here if kept.scale is None else tuple(v * kept.scale for v in here)
-    everywhere, sums = _devices.psum(spec, (here, scaled))
-    dx, dz = spec.stages.grad_input(dy, kept, sums, activation=spec.activation, dtype=kept.x.dtype)
+    stages, options = spec.stages, dict(activation=spec.activation, dtype=kept.x.dtype)
+    if stages.backward is None or spec.axis_name:
+        here = stages.grad_sums(dy, kept, activation=spec.activation, axes=spec.axes)
+        everywhere, sums = _devices.psum(spec, (here, _stages.scaled(here, kept)))
+        dx, dz = stages.grad_input(dy, kept, sums, **options)
+    else:
+        here, dx, dz = stages.backward(dy, kept, axes=spec.axes, **options)
+        everywhere = here
     dbias, dscale = (
         None if primal is None else _devices.cotangent_of(primal, local, total, spec.axis_name)
         for primal, local, total in zip((kept.bias, kept.scale), here, everywhere, strict=True)

@@ -15,7 +15,7 @@ from benchmarks.compiled import (
     seen_by_pallas,
 )
 import jax_bn
-from jax_bn.kernels import _stream
+from jax_bn.kernels import _resident, _stream
 from jax_bn.kernels._stream import tiling
 
 NAMES = ("bn_moments", "bn_normalize", "bn_grad_sums", "bn_grad_input")
@@ -24,10 +24,13 @@ RESNET50 = [  # at batch 256: edge and features
     (7, 2048),
 ]  # fmt: skip
 SIZES = [(256, edge, edge, features) for edge, features in RESNET50]
-FEW = [(32, 7, 7, 2048), (256, 1024)]
-SIZES += [*FEW, (8192, 1024), (65536, 512)]
+SIZES += [(8192, 1024), (65536, 512)]
 # Of other networks; and any number of examples, so that the last tile reaches beyond x.
 SIZES += [(128, 56, 56, 24), (100, 7, 7, 960), (31, 35, 35, 192), (1000, 3)]
+PASSES = ("bn_forward", "bn_backward")
+FEW = [(32, 7, 7, 2048), (256, 1024)]
+# Beyond x, wider slabs, the widest, a single slab of few examples.
+ON_CHIP = [*FEW, (20, 7, 7, 512), (20, 7, 7, 2304), (512, 8192), (32, 16)]
 
 
 def block(x, residual, dy, scale, bias):
@@ -66,26 +69,102 @@ def test_compiles_without_spills(dtype, for_h200, monkeypatch, capfd):
     assert all(int(r) <= 128 for r in re.findall(r"Used (\d+) registers", said))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_an_x_that_fits_on_the_chip(dtype, for_h200, monkeypatch, capfd):
+    """Forward and backward in one program are two kernels, and nothing else at all."""
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    itemsize, different = jnp.dtype(dtype).itemsize, 0
+    for shape in ON_CHIP:
+        examples, features = math.prod(shape[:-1]), shape[-1]
+        if _resident.fitting(examples, features, itemsize, 3) is None:
+            assert dtype == "float32"  # of twice the size
+            continue
+        compiled = for_h200(block, *arguments(shape, dtype))
+        for name in PASSES:
+            calls = re.findall(rf'custom_call_target="mosaic_gpu\w*".*{name}', compiled.as_text())
+            assert len(calls) == 1, (shape, name, len(calls))
+        assert launched(compiled) == 2
+        different += 1
+    assert different >= 3
+    said = "".join(capfd.readouterr())
+    for name in PASSES:
+        assert said.count(f"'{name}_mosaic_gpu_kernel' for 'sm_90a'") == different
+    spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", said)
+    assert len(spilled) == 2 * len(PASSES) * different and not any(map(int, spilled))
+    # A block of 512 threads on an SM leaves as many to each thread.
+    assert all(int(r) <= 128 for r in re.findall(r"Used (\d+) registers", said))
+
+
+def forward(x, scale, bias):
+    """y, and running averages after it."""
+    options: Any = dict(activation=jax.nn.relu, implementation="mosaic_gpu")
+    y, stats = jax_bn.batch_norm(x, scale, bias, **options)
+    return y, jax_bn.update_running_stats(bias, scale, stats)
+
+
+def y_alone(*args):
+    return forward(*args)[0]
+
+
+def vjp(*args):
+    return jax.vjp(y_alone, *args)[1]
+
+
 @pytest.mark.parametrize("size", FEW)
 def test_launches(size, for_h200):
-    """Where the arrays are small, launches decide: beside the kernels as few as can be.
+    """Where the arrays are small, launches decide: one forward, one backward, one each average."""
+    x, _, _, *vectors = arguments(size, "bfloat16")
+    with seen_by_pallas():
+        pull = jax.eval_shape(vjp, x, *vectors)
+    assert launched(for_h200(y_alone, x, *vectors)) == 1
+    assert launched(for_h200(forward, x, *vectors)) == 1 + 2
+    assert launched(for_h200(lambda pull, dy: pull(dy), pull, x)) == 1
+
+
+def test_launches_of_an_x_that_is_streamed(for_h200):
+    """Beside the kernels as few as can be.
 
     Forward: the shift, a kernel, its blocks' sums, what the second kernel takes of each feature.
     Backward the same, but for the first of them, and dscale and dbias.
     """
-
-    def forward(x, scale, bias):
-        options: Any = dict(activation=jax.nn.relu, implementation="mosaic_gpu")
-        return jax_bn.batch_norm(x, scale, bias, **options)[0]
-
-    def vjp(*args):
-        return jax.vjp(forward, *args)[1]
-
-    x, _, _, *vectors = arguments(size, "bfloat16")
+    x, _, _, *vectors = arguments((8192, 1024), "bfloat16")
     with seen_by_pallas():
         pull = jax.eval_shape(vjp, x, *vectors)
-    assert launched(for_h200(forward, x, *vectors)) == 3 + 2
+    assert launched(for_h200(y_alone, x, *vectors)) == 3 + 2
     assert launched(for_h200(lambda pull, dy: pull(dy), pull, x)) == 4 + 2
+
+
+@pytest.mark.parametrize("features", [1024, 8192])
+def test_as_much_shared_memory_as_there_is(features, for_h200, monkeypatch):
+    """The largest x that is said to fit compiles; one that needs all 227 KB does not."""
+
+    def backward(examples):
+        x, _, _, *vectors = arguments((examples, features), "bfloat16")
+        with seen_by_pallas():
+            pull = jax.eval_shape(vjp, x, *vectors)
+        return launched(for_h200(lambda pull, dy: pull(dy), pull, x))
+
+    def most():
+        fitting = [n for n in range(64, 8192, 16) if _resident.fitting(n, features, 2, 2)]
+        return max(fitting)
+
+    assert backward(most()) == 1
+    monkeypatch.setattr(_resident, "SHARED_BYTES", 227 * 1024)
+    with pytest.raises(ValueError, match="exceeds available shared memory"):
+        backward(most())
+
+
+def test_under_a_remat_policy(for_h200):
+    """y is computed again, from x and nothing else of its size, by the kernel that made it."""
+
+    def loss(x, scale, bias):
+        y = jax.checkpoint(y_alone, policy=jax_bn.remat_policy)(x, scale, bias)
+        return jnp.sum(jnp.sin(y.astype(jnp.float32)))
+
+    x, _, _, *vectors = arguments((256, 1024), "bfloat16")
+    text = for_h200(jax.grad(loss), x, *vectors).as_text()
+    found = re.findall(r'custom_call_target="mosaic_gpu\w*".*(bn_\w+?)_', text)
+    assert set(found) <= {"bn_forward", "bn_backward"} and found.count("bn_backward") == 1
 
 
 def test_a_tile_too_large_for_the_h200(for_h200, monkeypatch):
@@ -99,7 +178,9 @@ def test_what_the_compiler_would_partition_is_refused(for_h200):
         for_h200(block, *arguments((256, 7, 7, 512), "bfloat16"), devices=8)
 
 
-def test_inside_shard_map(for_h200):
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("axis_name, kernels, sums", [("data", 4, 3), (None, 2, 0)])
+def test_inside_shard_map(axis_name, kernels, sums, check_vma, for_h200):
     """Each of two devices launches the kernels; all-reduces are those of XLA's stages."""
     del for_h200  # the compiler is here
     devices = described_h200s(2)
@@ -109,12 +190,13 @@ def test_inside_shard_map(for_h200):
     x = jax.ShapeDtypeStruct((256, 1024), jnp.bfloat16, sharding=spread)
 
     def step(x):
-        options: Any = dict(axis_name="data", implementation="mosaic_gpu")
+        options: Any = dict(axis_name=axis_name, implementation="mosaic_gpu")
         y, pull = jax.vjp(lambda x: jax_bn.batch_norm(x, **options)[0], x)
         return y, pull(y)[0]
 
-    mapped = jax.shard_map(step, mesh=mesh, in_specs=over, out_specs=over, check_vma=False)
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=over, out_specs=over, check_vma=check_vma)
     with seen_by_pallas():
         compiled = jax.jit(mapped).trace(x).lower().compile()
-    assert len(re.findall(r'custom_call_target="mosaic_gpu', compiled.as_text() or "")) == 4
-    assert collectives_in(compiled)[0] == {"all-reduce": 3}
+    launches = re.findall(r'custom_call_target="mosaic_gpu', compiled.as_text() or "")
+    assert len(launches) == kernels
+    assert collectives_in(compiled)[0]["all-reduce"] == sums

@@ -1,39 +1,32 @@
-"""Hand-written stages beside XLA's, and the whole operation beside the definition."""
+"""Hand-written stages beside XLA's, and the whole operation beside the definition.
+
+Of an x that is streamed; for one that fits on the chip see `test_resident`.
+"""
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
+from steps import (
+    KERNELS,
+    LEAKY,
+    assert_right,
+    assert_right_inside_shard_map,
+    case,
+    kernels_in,
+)
 from tolerance import assert_as_accurate, in_float64
 
 from jax_bn import batch_norm
-from jax_bn.kernels import _stream
+from jax_bn.kernels import _resident, _stream
 
-KERNELS: Any = dict(implementation="mosaic_gpu")
-LEAKY = partial(jax.nn.leaky_relu, negative_slope=0.1)
-
-
-def case(shape, dtype):
-    """x, residual, dy; scale of both signs and bias; a mean far from zero."""
-    keys = jax.random.split(jax.random.key(0), 3)
-    x, residual, dy = (jax.random.normal(k, shape, jnp.float32) for k in keys)
-    scale = jnp.linspace(-1.0, 2.0, shape[-1])
-    return [v.astype(dtype) for v in (5 + 2 * x, residual, dy)], scale, jnp.cos(scale)
+STAGES = {"moments", "normalize", "grad_sums", "grad_input"}
 
 
-def step(f, x, residual, dy, scale, bias, *, activation, fused):
-    """y, statistics and all first derivatives."""
-
-    def run(x, scale, bias, *residual):
-        added: Any = dict(residual=residual[0]) if fused else {}
-        y, stats = f(x, scale, bias, activation=activation, **added)
-        return y, (stats[0], stats[1]) if isinstance(stats, tuple) else (stats.mean, stats.var)
-
-    args = (x, scale, bias, residual) if fused else (x, scale, bias)
-    y, pull, stats = jax.vjp(run, *args, has_aux=True)
-    return y, stats, pull(dy)
+@pytest.fixture(autouse=True)
+def _nothing_fits_on_the_chip(monkeypatch):
+    monkeypatch.setattr(_resident, "SHARED_BYTES", 0)
 
 
 @pytest.mark.parametrize(
@@ -51,13 +44,7 @@ def test_the_whole_operation(shape, dtype, activation, fused, hopper, monkeypatc
     # One block and small tiles: each warpgroup goes round its ring.
     monkeypatch.setattr(_stream, "BLOCKS", 2)
     monkeypatch.setattr(_stream, "TILE_BYTES", 2 * 2048)
-    (x, residual, dy), scale, bias = case(shape, dtype)
-    options: Any = dict(activation=activation, fused=fused)
-    with hopper():
-        actual = step(partial(batch_norm, **KERNELS), x, residual, dy, scale, bias, **options)
-    of_xla = step(batch_norm, x, residual, dy, scale, bias, **options)
-    oracle = in_float64(partial(step, batch_norm, **options), x, residual, dy, scale, bias)
-    assert_as_accurate(actual, of_xla, oracle, x.size // shape[-1])
+    assert_right(hopper, *case(shape, dtype), activation=activation, fused=fused)
 
 
 def test_a_squared_sum_that_overflows(hopper):
@@ -66,13 +53,7 @@ def test_a_squared_sum_that_overflows(hopper):
     x = jnp.where(jnp.arange(64)[:, None] < 32, 1e17, 2.5e18) * (1 + x / 100)
     d = (x - jnp.median(x[:3], 0, keepdims=True)).astype("float32")
     assert jnp.isinf(jnp.sum(d, 0) ** 2).all() and jnp.isfinite(jnp.sum(d**2, 0)).all()
-
-    options: Any = dict(activation=None, fused=False)
-    with hopper():
-        actual = step(partial(batch_norm, **KERNELS), x, residual, dy, scale, bias, **options)
-    of_xla = step(batch_norm, x, residual, dy, scale, bias, **options)
-    oracle = in_float64(partial(step, batch_norm, **options), x, residual, dy, scale, bias)
-    assert_as_accurate(actual, of_xla, oracle, len(x))
+    assert_right(hopper, (x, residual, dy), scale, bias, activation=None, fused=False)
 
 
 # Of networks that are in use: MobileNet, EfficientNet, DenseNet, Inception.
@@ -132,14 +113,12 @@ def test_vmap(hopper):
     assert_as_accurate(actual, dx(x, scale), in_float64(dx, x, scale), 16)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_inside_shard_map(check_vma, hopper):
+    assert_right_inside_shard_map(hopper, (16, 256), check_vma, "data")
+
+
 def test_the_kernels_are_what_runs(hopper):
-    (x, _, dy), _, _ = case((16, 256), "float32")
-
-    def step(x, dy):
-        y, pull = jax.vjp(lambda x: batch_norm(x, **KERNELS)[0], x)
-        return y, pull(dy)
-
-    with hopper():
-        traced = str(jax.make_jaxpr(step)(x, dy))
-    for name in ("bn_moments", "bn_normalize", "bn_grad_sums", "bn_grad_input"):
-        assert name in traced
+    x = jnp.ones((16, 256))
+    assert kernels_in(hopper, lambda x: batch_norm(x, **KERNELS)[0], x) == STAGES

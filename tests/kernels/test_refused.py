@@ -90,18 +90,6 @@ def test_layers_pass_it_on(hopper):
             nnx(X, **masked)
 
 
-def test_types_that_vary(hopper):
-    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    over = jax.sharding.PartitionSpec("data")
-
-    def y(x):
-        return batch_norm(x, axis_name="data", **OPTIONS)[0]
-
-    f = jax.shard_map(y, mesh=mesh, in_specs=over, out_specs=over)
-    with hopper(), pytest.raises(NotImplementedError, match=r"shard_map\(check_vma=False\)"):
-        jax.make_jaxpr(f)(X)
-
-
 def test_a_program_for_several_devices(hopper):
     """The compiler cannot partition a kernel; lowered for two devices, abstract ones."""
     mesh = jax.sharding.AbstractMesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
