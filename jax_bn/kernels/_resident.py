@@ -20,10 +20,14 @@ for each says that it has arrived, and the first sweep waits for it. What is wri
 place that was read, and leaves from there.
 
 A run is what a warpgroup has in registers: a group for each of its four warps, of which a thread
-has 8 bytes of one example. So a warp sums over its examples in registers, by shuffles. The sums of
-all warps of the block stand in shared memory, in one order, and each thread adds those of its own
-columns: every thread of a column gets the same bits, and so do two runs. A vector of the slab is
-read straight into this layout, from memory too, and repeated in no memory.
+has 8 bytes of one example. So a warp sums over its examples by shuffles, and a warpgroup over its
+warps. The sums of the warpgroups stand in shared memory, and each thread adds those of its own
+columns, in one order: every thread of a column gets the same bits, and so do two runs. A vector of
+the slab is read straight into this layout, from memory too, and repeated in no memory.
+
+(Those sums stand in rows that are read and written whole. Of rows of a matrix, some of them at an
+index known only when the kernel runs, Mosaic, as of JAX 0.12, may swizzle what one statement
+writes otherwise than what the next one reads.)
 
 The last box may reach beyond x. TMA fills with zeros what it reads there, and drops what it writes
 there; in sums these groups are left out.
@@ -120,7 +124,7 @@ def resident(
     arrived = plgpu.Barrier(num_arrivals=1, num_barriers=boxes)
     scratch: list = [slot] * len(arrays) + [arrived] * len(arrays)
     scratch += [plgpu.SMEM((cut.columns,), jnp.float32)] * emitted
-    scratch.append(plgpu.SMEM((MOST_SUMS, WARPGROUPS * WARPS, cut.columns), jnp.float32))
+    scratch.append(plgpu.SMEM((MOST_SUMS, WARPGROUPS, cut.columns), jnp.float32))
     scratch.append(plgpu.Barrier(num_arrivals=WARPGROUPS))
 
     def body(*refs):
@@ -150,10 +154,10 @@ def resident(
 class Slab:
     """What one warpgroup does with its share of a slab; in all of them a program runs in step."""
 
-    def __init__(self, cut: Cut, sources, results, slots, arrived, sums_of_warps, complete):
+    def __init__(self, cut: Cut, sources, results, slots, arrived, partial_sums, complete):
         self._cut, self._sources, self._results = cut, sources, results
         self._slots, self._arrived = slots, arrived
-        self._sums_of_warps, self._complete = sums_of_warps, complete
+        self._partial_sums, self._complete = partial_sums, complete
         self._awaited = 0  # arrays whose boxes have arrived, in what is traced so far
         self._summed = 0
         self._warpgroup = lax.axis_index("warpgroup")
@@ -167,12 +171,6 @@ class Slab:
             warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1,
         )  # fmt: skip
         self._of_vectors = self._layout.reduce((0, 1))
-        self._of_warps = plgpu.Layout.TILED(  # each thread has its columns of all rows
-            plgpu.Tiling(((1, cut.columns), (own,))),
-            warp_dims=(plgpu.Replicated(WARPS),),
-            lane_dims=(plgpu.Replicated(cut.together), -2),
-            vector_dim=-1,
-        )
 
     def vector(self, ref):
         """This slab's part. :: [C] in memory -> [columns]"""
@@ -215,15 +213,19 @@ class Slab:
         nothing = plgpu.layout_cast(jnp.zeros(self._run, jnp.float32), self._layout)
         totals = self._sweep(one_run, (nothing,) * sums, arrays)
 
-        places = [self._sums_of_warps.at[self._summed + k] for k in range(sums)]
-        self._summed += sums  # what another warpgroup may still read is not written again
-        warps = pl.ds(self._warpgroup * WARPS, WARPS)
+        first, self._summed = self._summed, self._summed + sums  # where no other one still reads
+        places = [self._partial_sums.at[first + k] for k in range(sums)]
         for place, total in zip(places, totals, strict=True):
-            place[warps] = jnp.sum(total, axis=1)
+            place[self._warpgroup] = jnp.sum(jnp.sum(total, axis=1), axis=0)
         plgpu.barrier_arrive(self._complete)
         plgpu.barrier_wait(self._complete)
-        of_all = [load(place, layout=self._of_warps, optimized=False) for place in places]
-        return [plgpu.layout_cast(jnp.sum(v, axis=0), self._of_vectors) for v in of_all]
+
+        def of_all(place):
+            rows = [place.at[w] for w in range(WARPGROUPS)]
+            one, *others = (load(r, layout=self._of_vectors, optimized=False) for r in rows)
+            return sum(others, one)
+
+        return [of_all(place) for place in places]
 
     def write(self, terms: Callable, *vectors):
         """Writes what `terms` makes of the arrays: the results, in place of the first of them."""
