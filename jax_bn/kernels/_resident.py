@@ -20,14 +20,14 @@ for each says that it has arrived, and the first sweep waits for it. What is wri
 place that was read, and leaves from there.
 
 A run is what a warpgroup has in registers: a group for each of its four warps, of which a thread
-has 8 bytes of one example. So a warp sums over its examples by shuffles, and a warpgroup over its
-warps. The sums of the warpgroups stand in shared memory, and each thread adds those of its own
-columns, in one order: every thread of a column gets the same bits, and so do two runs. A vector of
-the slab is read straight into this layout, from memory too, and repeated in no memory.
+has 8 bytes of one example. So a warp sums over its examples in registers, by shuffles. The sums of
+all warps of the block stand in shared memory, and each thread adds those of its own columns, in one
+order: every thread of a column gets the same bits, and so do two runs. A vector of the slab is read
+straight into this layout, from memory too, and repeated in no memory.
 
-(Those sums stand in rows that are read and written whole. Of rows of a matrix, some of them at an
-index known only when the kernel runs, Mosaic, as of JAX 0.12, may swizzle what one statement
-writes otherwise than what the next one reads.)
+(Two things that Mosaic, as of JAX 0.12, does not do: a sum across the warps of a warpgroup has one
+place in shared memory for all warpgroups of the block; and part of a matrix, at a row known only
+when the kernel runs, may be swizzled otherwise than all of it. So a warpgroup has a whole one.)
 
 The last box may reach beyond x. TMA fills with zeros what it reads there, and drops what it writes
 there; in sums these groups are left out.
@@ -124,7 +124,7 @@ def resident(
     arrived = plgpu.Barrier(num_arrivals=1, num_barriers=boxes)
     scratch: list = [slot] * len(arrays) + [arrived] * len(arrays)
     scratch += [plgpu.SMEM((cut.columns,), jnp.float32)] * emitted
-    scratch.append(plgpu.SMEM((MOST_SUMS, WARPGROUPS, cut.columns), jnp.float32))
+    scratch.append(plgpu.SMEM((MOST_SUMS, WARPGROUPS, WARPS, cut.columns), jnp.float32))
     scratch.append(plgpu.Barrier(num_arrivals=WARPGROUPS))
 
     def body(*refs):
@@ -171,6 +171,12 @@ class Slab:
             warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1,
         )  # fmt: skip
         self._of_vectors = self._layout.reduce((0, 1))
+        self._of_warps = plgpu.Layout.TILED(  # each thread has its columns of all rows
+            plgpu.Tiling(((1, cut.columns), (own,))),
+            warp_dims=(plgpu.Replicated(WARPS),),
+            lane_dims=(plgpu.Replicated(cut.together), -2),
+            vector_dim=-1,
+        )
 
     def vector(self, ref):
         """This slab's part. :: [C] in memory -> [columns]"""
@@ -216,14 +222,14 @@ class Slab:
         first, self._summed = self._summed, self._summed + sums  # where no other one still reads
         places = [self._partial_sums.at[first + k] for k in range(sums)]
         for place, total in zip(places, totals, strict=True):
-            place[self._warpgroup] = jnp.sum(jnp.sum(total, axis=1), axis=0)
+            place[self._warpgroup] = jnp.sum(total, axis=1)
         plgpu.barrier_arrive(self._complete)
         plgpu.barrier_wait(self._complete)
 
         def of_all(place):
-            rows = [place.at[w] for w in range(WARPGROUPS)]
-            one, *others = (load(r, layout=self._of_vectors, optimized=False) for r in rows)
-            return sum(others, one)
+            of_warps = [place.at[w] for w in range(WARPGROUPS)]
+            one, *others = (load(v, layout=self._of_warps, optimized=False) for v in of_warps)
+            return plgpu.layout_cast(jnp.sum(sum(others, one), axis=0), self._of_vectors)
 
         return [of_all(place) for place in places]
 
