@@ -72,6 +72,8 @@ PAGES = {
     "benchmarks/results/2026-11-26-1631-h200-steps.md": "results/2026-11-26-1631-h200-steps.md",
     "benchmarks/results/2026-11-26-1643-h200-resnet.md": "results/2026-11-26-1643-h200-resnet.md",
     "benchmarks/results/2026-11-26-1651-h200-quick.md": "results/2026-11-26-1651-h200-quick.md",
+    "benchmarks/results/2026-11-26-2127-h200-checks.md": "results/2026-11-26-2127-h200-checks.md",
+    "benchmarks/results/2026-11-26-2128-h200-shapes.md": "results/2026-11-26-2128-h200-shapes.md",
 }
 
 

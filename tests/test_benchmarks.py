@@ -424,3 +424,82 @@ def test_readme_says_of_the_h200_what_was_measured():
     }
     told = f"move {moved['jax_bn fused']} MiB for {moved['jax_bn']} (Flax's {moved['flax.linen']})"
     assert told in said
+
+
+def test_readme_and_results_say_of_the_chip_what_was_measured():
+    """The table of the later run, the aims beside what came out, and the checks."""
+    timed: dict[tuple, dict[str, dict]] = {}
+    for row in of_the_h200("2128-h200-shapes"):
+        case = tuple(row["shape"]), row["after"], row["measure"]
+        timed.setdefault(case, {})[row["implementation"]] = row
+    small, large = [(32, 7, 7, 2048), (256, 1024)], [(256, 56, 56, 64), (256, 14, 14, 1024)]
+    large.append((256, 7, 7, 2048))
+    ours, measures = ("jax_bn kernels", "jax_bn"), ("forward", "backward", "step")
+    torch = "torch channels-last"
+
+    def over_flax(name, shape, after, measure):
+        return timed[shape, after, measure][name]["device_over_flax"]
+
+    def span(values, form):
+        return f"{form.format(min(values))} to {form.format(max(values))}"
+
+    said = " ".join((record.ROOT / "README.md").read_text().split())
+    for shape in small:
+        for after in ("nothing", "residual, relu"):
+            pairs = [[over_flax(name, shape, after, m) for name in ours] for m in measures]
+            cells = " | ".join("{:.2f}, {:.2f}".format(*pair) for pair in pairs)
+            assert f"| {cells} |" in said, (shape, after, cells)
+    spans = [
+        ", ".join(span([over_flax(n, s, "nothing", m) for s in large], "{:.2f}") for n in ours)
+        for m in measures
+    ]
+    assert f"| {' | '.join(spans)} |" in said
+
+    def slower(of, seconds):
+        """In how many cases the kernels take longer than XLA's stages, of how many; by how much."""
+        ratios = [
+            seconds(c[ours[0]]) / seconds(c[ours[1]]) for case, c in timed.items() if of(case)
+        ]
+        return sum(v > 1 for v in ratios), len(ratios), max(ratios)
+
+    def on_device(row):
+        return row["device_seconds"]
+
+    lost, steps, _ = slower(lambda case: case[2] == "step", on_device)
+    assert f"they win {steps - lost} of the {steps} steps" in said
+    passes_lost = slower(lambda case: case[2] != "step" and case[0] != (256, 1024), on_device)[0]
+    assert (
+        passes_lost == 0
+        and slower(lambda c: c[::2] == ((256, 1024), "backward"), on_device)[0] == 0
+    )
+    lost, cases, most = slower(lambda case: True, lambda row: row["seconds"]["median"])
+    assert f"in {lost} of the {cases} cases, by up to {most:.2f}" in said
+
+    table = " ".join((record.ROOT / "docs/results.md").read_text().split())
+    of_copy = {case: rows[ours[0]]["over_copy"] for case, rows in timed.items()}
+    rates = [span([of_copy[s, "nothing", m] for s in large], "{:.0%}") for m in measures]
+    assert f"step {rates[2]}, backward alone {rates[1]}, forward alone {rates[0]};" in table
+    on_chip = [
+        " and ".join(f"{of_copy[s, a, 'step']:.0%}" for a in ("nothing", "residual, relu"))
+        for s in small
+    ]
+    assert "step {} at (32,7,7,2048), {} at (256,1024)".format(*on_chip) in table
+    faster = [
+        " and ".join(
+            f"{1 / over_flax(ours[0], s, a, 'step'):.1f}" for a in ("nothing", "residual, relu")
+        )
+        for s in small
+    ]
+    assert "{} times at (32,7,7,2048), {} times at (256,1024)".format(*faster) in table
+    beside_torch = [
+        c[torch]["device_seconds"] / c[ours[0]]["device_seconds"]
+        for case, c in timed.items()
+        if case[2] == "step"
+    ]
+    assert f"| {span(beside_torch, '{:.1f}')} times, beside" in table
+
+    path = record.ROOT / "benchmarks" / "results" / "2026-11-26-2127-h200-checks.json"
+    checks = json.loads(path.read_text())["checks"]
+    assert len({tuple(c["shape"]) for c in checks}) == 7
+    for check in checks:
+        assert (check["repetitions"], check["differing"]) == (1000, 0) and check["error"] <= 1
