@@ -112,6 +112,25 @@ def test_a_nan_is_seen_in_its_feature_alone(activation, hopper):
         assert bool(jnp.isfinite(jnp.delete(v, 3, -1)).all())
 
 
+@pytest.mark.parametrize("fused, most", [(False, 1.01), (True, 2.01)], ids=["alone", "residual"])
+def test_what_is_kept(fused, most, hopper):
+    """x, and y where z cannot be computed again from it: as by XLA's stages."""
+    x = jax.ShapeDtypeStruct((2048, 2048), jnp.bfloat16)
+    vector = jax.ShapeDtypeStruct((2048,), jnp.float32)
+
+    def pull(x, residual, scale, bias):
+        added: Any = dict(residual=residual) if fused else {}
+
+        def y(*args):
+            return batch_norm(*args, activation=jax.nn.relu, **added, **KERNELS)[0]
+
+        return jax.vjp(y, x, scale, bias)[1]
+
+    with hopper():
+        kept = jax.tree.leaves(jax.eval_shape(pull, x, x, vector, vector))
+    assert 1 <= sum(v.size * v.dtype.itemsize for v in kept) / (2 * x.size) < most
+
+
 def loss(x, scale, bias, residual, **options):
     """Of y and of the statistics."""
     y, stats = batch_norm(x, scale, bias, residual=residual, activation=LEAKY, **options)
