@@ -15,7 +15,7 @@ def main() -> None:
     for wanted in sorted({*project["dependencies"], *(w for extra in extras for w in extra)}):
         name, *least = wanted.split(">=")
         if least:
-            print(f"{name}=={least[0]}")
+            print(f"{name.split('[')[0]}=={least[0]}")
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ def _normalize_jvp(spec, primals, tangents):
     (args,), (tangents,) = primals, tangents
     args = moving(spec, args)
     tangents = jax.tree.map(_unless_zero, tangents, is_leaf=_is_zero)
-    return normalize(spec, args), _tangent_of_y(spec, args, tangents)
+    return normalize(spec, args), _tangent_of_y(spec, args._replace(y=None), tangents)
 
 
 @_checkpointed
@@ -95,7 +95,7 @@ def _tangent_of_y(spec, args, tangents):
 
 def _bare(args: Kept) -> Kept:
     """As if y were x_hat."""
-    return args._replace(scale=None, bias=None, residual=None)
+    return args._replace(scale=None, bias=None, residual=None, y=None)
 
 
 def _is_zero(tangent) -> bool:

@@ -23,7 +23,8 @@ def remat_policy(prim, *args, **params) -> bool:
     A block of convolution, normalization and activation then keeps the output of the convolution,
     which is the input of the normalization, and a few numbers a feature. y and the activation are
     computed again where the backward pass wants them, in one elementwise sweep over x; the
-    convolution and the statistics are not. Results are the same up to rounding.
+    convolution and the statistics are not. (A kernel that is a whole pass takes its sums again, on
+    the chip.) Results are the same up to rounding.
 
     Args:
         prim, args, params: a primitive and how it is called; `jax.checkpoint` passes them.

@@ -41,14 +41,16 @@ class Kept(NamedTuple):
     scale: Any = None
     bias: Any = None
     residual: Any = None  # [N, C]; kept where the derivative of the activation takes z
-    y: Any = None  # [N, C]; kept where it takes the sign of z, and x alone does not tell that
+    # [N, C]; kept where it takes the sign of z, and x alone does not tell that. And on its way into
+    # the rule, where `Stages.forward` has made it.
+    y: Any = None
 
 
 class Stages(NamedTuple):
     """A backend: four pure functions with the signatures of those below; and, if it has them, two.
 
-    A whole pass is used in the place of its two stages where no mask is, nothing is summed over
-    devices, and scale and bias do not depend on the statistics.
+    A whole pass is used in the place of its two stages where there is no mask and nothing is summed
+    over devices; the forward one where, beside, scale and bias do not depend on the statistics.
     """
 
     moments: Callable

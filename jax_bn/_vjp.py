@@ -48,7 +48,8 @@ def batch_norm(spec: Spec, x, mask, affine: tuple | Callable, residual, epsilon)
     # A masked x differs between devices as its mask does; a residual's cotangent as y does.
     x = _devices.varying_as(x, mask)
     x = _residuals.named_x(x)
-    if spec.stages.forward is None or spec.axis_name or callable(affine):
+    whole = spec.stages.forward is not None and mask is None and not spec.axis_name
+    if not whole or callable(affine):
         y, (count, mean, var, rstd) = None, _merged_statistics(spec, x, mask, epsilon)
         scale, bias = affine(count, mean, var) if callable(affine) else affine
     else:
@@ -130,7 +131,7 @@ def _beside_x(activation, residual, y):
 def _normalize_bwd(spec, residuals, dy):
     kept, like = residuals
     stages, options = spec.stages, dict(activation=spec.activation, dtype=kept.x.dtype)
-    if stages.backward is None or spec.axis_name:
+    if stages.backward is None or kept.mask is not None or spec.axis_name:
         here = stages.grad_sums(dy, kept, activation=spec.activation, axes=spec.axes)
         everywhere, sums = _devices.psum(spec, (here, _stages.scaled(here, kept)))
         dx, dz = stages.grad_input(dy, kept, sums, **options)

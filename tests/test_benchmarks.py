@@ -3,6 +3,7 @@
 import copy
 from datetime import datetime
 import json
+import math
 import os
 import re
 import statistics
@@ -318,6 +319,17 @@ def test_readme_and_results_say_of_the_cpu_what_was_measured():
     for aim, reached in aims.items():
         assert f"{aim} | {reached(new):.2f} ({reached(old):.2f}) |" in table
 
+    def passes(measure, name):
+        return {
+            round(r["bytes_moved"] / (4 * math.prod(r["shape"])))
+            for r in new["times"]
+            if (r["measure"], r["dtype"], r["implementation"]) == (measure, "float32", name)
+        }
+
+    assert (passes("step", "jax_bn"), passes("step", "flax.linen")) == ({10}, {15})
+    assert "moves 10 passes over x in float32, 4 forward and 6 backward" in table
+    assert passes("forward", "jax_bn") == {4} and passes("backward", "jax_bn") == {6}
+
     def pair(result, measure, name="jax_bn"):
         float32, bfloat16 = (mean(result, measure, d, name) for d in ("float32", "bfloat16"))
         return f"{float32:.2f} and {bfloat16:.2f}"
@@ -497,6 +509,22 @@ def test_readme_and_results_say_of_the_chip_what_was_measured():
         if case[2] == "step"
     ]
     assert f"| {span(beside_torch, '{:.1f}')} times, beside" in table
+
+    step = timed[(256, 1024), "nothing", "step"]
+    before = next(
+        row["kernels"]
+        for row in of_the_h200("1631-h200-steps")
+        if (row["shape"], row["after"], row["implementation"]) == ([256, 1024], "nothing", ours[0])
+    )
+    assert (len(before), step[ours[0]]["launches"], step[ours[1]]["launches"]) == (10, 4, 5)
+    times = sum(seconds for _, seconds in before), *(step[n]["device_seconds"] for n in ours)
+    took = (
+        "took {:.0f} us in ten launches, and takes {:.0f} in four; XLA's stages take {:.0f} in five"
+    )
+    assert took.format(*(1e6 * v for v in times)) in table
+    own = [seconds for name, seconds in step[ours[0]]["kernels"] if "mosaic_gpu" in name]
+    told = "two kernels, {:.0f} and {:.0f} us, where a copy of x takes {:.1f}"
+    assert told.format(*(1e6 * v for v in (*own, step["copy"]["device_seconds"]))) in table
 
     path = record.ROOT / "benchmarks" / "results" / "2026-11-26-2127-h200-checks.json"
     checks = json.loads(path.read_text())["checks"]

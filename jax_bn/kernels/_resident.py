@@ -220,6 +220,7 @@ class Slab:
         totals = self._sweep(one_run, (nothing,) * sums, arrays)
 
         first, self._summed = self._summed, self._summed + sums  # where no other one still reads
+        assert self._summed <= MOST_SUMS
         places = [self._partial_sums.at[first + k] for k in range(sums)]
         for place, total in zip(places, totals, strict=True):
             place[self._warpgroup] = jnp.sum(total, axis=1)

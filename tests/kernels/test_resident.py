@@ -37,18 +37,21 @@ PASSES = {"forward", "backward"}
 )
 def test_the_whole_operation(shape, dtype, activation, fused, hopper):
     arrays, scale, bias = case(shape, dtype)
-    x = arrays[0]
-    assert kernels_in(hopper, lambda x: batch_norm(x, **KERNELS)[0], x) == PASSES
+    x, residual, _ = arrays
+    options: Any = KERNELS | dict(activation=activation)
+    options |= dict(residual=residual) if fused else {}
+    assert kernels_in(hopper, lambda x: batch_norm(x, **options)[0], x) == PASSES
     assert_right(hopper, arrays, scale, bias, activation=activation, fused=fused)
 
 
-@pytest.mark.parametrize("blocks, row_bytes", [(4, 64), (2, 128)])
-def test_wider_slabs(blocks, row_bytes, hopper, monkeypatch):
-    """Where narrow ones were more than there are SMs."""
+@pytest.mark.parametrize("examples, blocks, row_bytes", [(80, 4, 64), (96, 2, 128)])
+def test_wider_slabs(examples, blocks, row_bytes, hopper, monkeypatch):
+    """Where narrow ones were more than there are SMs. (JAX keeps programs by the shape of x.)"""
     monkeypatch.setattr(_resident, "BLOCKS", blocks)
-    found = _resident.fitting(80, 128, 2, 3)
+    found = _resident.fitting(examples, 128, 2, 3)
     assert found and (found.columns * 2, found.slabs) == (row_bytes, 128 * 2 // row_bytes)
-    assert_right(hopper, *case((80, 128), "bfloat16"), activation=jax.nn.relu, fused=True)
+    arrays, scale, bias = case((examples, 128), "bfloat16")
+    assert_right(hopper, arrays, scale, bias, activation=jax.nn.relu, fused=True)
 
 
 def test_a_pass_is_its_two_stages(hopper):
@@ -112,17 +115,19 @@ def test_a_nan_is_seen_in_its_feature_alone(activation, hopper):
         assert bool(jnp.isfinite(jnp.delete(v, 3, -1)).all())
 
 
+@pytest.mark.parametrize("forward_mode", [False, True])
 @pytest.mark.parametrize("fused, most", [(False, 1.01), (True, 2.01)], ids=["alone", "residual"])
-def test_what_is_kept(fused, most, hopper):
+def test_what_is_kept(fused, most, forward_mode, hopper):
     """x, and y where z cannot be computed again from it: as by XLA's stages."""
     x = jax.ShapeDtypeStruct((2048, 2048), jnp.bfloat16)
     vector = jax.ShapeDtypeStruct((2048,), jnp.float32)
 
     def pull(x, residual, scale, bias):
-        added: Any = dict(residual=residual) if fused else {}
+        options: Any = KERNELS | dict(activation=jax.nn.relu, forward_mode=forward_mode)
+        options |= dict(residual=residual) if fused else {}
 
         def y(*args):
-            return batch_norm(*args, activation=jax.nn.relu, **added, **KERNELS)[0]
+            return batch_norm(*args, **options)[0]
 
         return jax.vjp(y, x, scale, bias)[1]
 
