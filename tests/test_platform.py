@@ -49,6 +49,17 @@ def test_one_program_for_several_platforms():
     jax.tree.map(np.testing.assert_array_equal, exported.call(X, 2.0), plain(X, 2.0))
 
 
+def test_a_choice_within_a_choice_is_made_with_it():
+    """In the branch for one platform nothing is left to choose: one conditional, not one in each."""
+
+    def twice(x, k):
+        return on("cpu", chosen, x, k, otherwise=lambda x, k: chosen(x + 0, k))
+
+    exported = jax.export.export(jax.jit(twice), platforms=PLATFORMS)(X, 2.0)
+    assert exported.mlir_module().count("stablehlo.case") == 1
+    jax.tree.map(np.testing.assert_array_equal, exported.call(X, 2.0), plain(X, 2.0))
+
+
 def test_layers_compile_without_conditionals():
     """Whatever the layer asks of one platform costs the others nothing."""
 
