@@ -5,6 +5,7 @@ What `batch_norm` and `batch_renorm` share; they differ in what scales and shift
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 import operator
 
 import jax
@@ -67,11 +68,10 @@ def in_training(
     forward_mode = _arguments.flag("forward_mode", forward_mode)
     spec = _vjp.Spec(reduced, stat_dtype, y_dtype, names, groups, activation, forward_mode)
 
-    def affine_of(count, mean, var):
-        assert affine is not None
+    def affine_of(affine, count, mean, var):
         return affine(scale, bias, BatchStats(mean, var, count), *running)
 
-    scale_and_bias = (scale, bias) if affine is None else affine_of
+    scale_and_bias = (scale, bias) if affine is None else partial(affine_of, affine)
 
     def one_batch(x, mask, residual):
         stages = _implementation.stages(

@@ -48,8 +48,7 @@ def batch_norm(spec: Spec, x, mask, affine: tuple | Callable, residual, epsilon)
     # A masked x differs between devices as its mask does; a residual's cotangent as y does.
     x = _devices.varying_as(x, mask)
     x = _residuals.named_x(x)
-    whole = spec.stages.forward is not None and mask is None and not spec.axis_name
-    if not whole or callable(affine):
+    if spec.stages.forward is None or not _in_one(spec, mask) or callable(affine):
         y, (count, mean, var, rstd) = None, _merged_statistics(spec, x, mask, epsilon)
         scale, bias = affine(count, mean, var) if callable(affine) else affine
     else:
@@ -63,6 +62,11 @@ def batch_norm(spec: Spec, x, mask, affine: tuple | Callable, residual, epsilon)
     n, m, r = _residuals.named_statistics(lax.stop_gradient((count, mean, rstd)))
     y = rule(spec, Kept(x, mask, n, m, r, scale, bias, residual, y))
     return y, count, mean, var
+
+
+def _in_one(spec, mask) -> bool:
+    """Whether nothing has to happen within a pass: then a backend may have it as one function."""
+    return mask is None and not spec.axis_name
 
 
 def _merged_statistics(spec, x, mask, epsilon):
@@ -131,7 +135,7 @@ def _beside_x(activation, residual, y):
 def _normalize_bwd(spec, residuals, dy):
     kept, like = residuals
     stages, options = spec.stages, dict(activation=spec.activation, dtype=kept.x.dtype)
-    if stages.backward is None or kept.mask is not None or spec.axis_name:
+    if stages.backward is None or not _in_one(spec, kept.mask):
         here = stages.grad_sums(dy, kept, activation=spec.activation, axes=spec.axes)
         everywhere, sums = _devices.psum(spec, (here, _stages.scaled(here, kept)))
         dx, dz = stages.grad_input(dy, kept, sums, **options)
