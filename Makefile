@@ -39,7 +39,7 @@ coverage: $(VENV)/ready
 # Counts memory traffic on an H200 and on TPUs, with their compilers, which need no such device but
 # 1.3 GB of packages: in an environment of their own, since JAX looks for a device once they are there.
 aot: $(VENV)-aot/ready
-	$(VENV)-aot/bin/python -m pytest -n $(WORKERS) tests/aot --need-compilers
+	$(VENV)-aot/bin/python -m pytest -n $(WORKERS) --dist loadgroup tests/aot --need-compilers
 
 # Trains and converts beside PyTorch, Haiku, Equinox and published models. `make test` skips these.
 PEERS := $(VENV)-peers/bin/python

@@ -21,9 +21,10 @@ place that was read, and leaves from there.
 
 A run is what a warpgroup has in registers: a group for each of its four warps, of which a thread
 has 8 bytes of one example. So a warp sums over its examples in registers, by shuffles. The sums of
-all warps of the block stand in shared memory, and each thread adds those of its own columns, in one
-order: every thread of a column gets the same bits, and so do two runs. A vector of the slab is read
-straight into this layout, from memory too, and repeated in no memory.
+all warps of the block stand in shared memory, and every warp adds them up: its lanes read a row
+each, and sum by shuffles again. (If each lane read all rows, this would take longer than the rest.)
+All do it in one order: every thread of a column gets the same bits, and so do two runs. A vector of
+the slab is read straight into this layout, from memory too, and repeated in no memory.
 
 (Two things that Mosaic, as of JAX 0.12, does not do: a sum across the warps of a warpgroup has one
 place in shared memory for all warpgroups of the block; and part of a matrix, at a row known only
@@ -34,7 +35,7 @@ there; in sums these groups are left out.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax import lax
@@ -42,64 +43,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 
+from jax_bn.kernels._slabs import WARPGROUPS, WARPS, Cut, fitting, layouts
+
 load: Any = plgpu.load  # whose index older versions ask for
 
-BLOCKS = 132  # at most: one on each SM of an H100 or H200, all at once
-ROW_BYTES = (32, 64, 128)  # of a slab; a sector of memory is 32, and 128 lets two lanes sum
-SHARED_BYTES = 208 * 1024  # for slabs, of the 227 KB that a block can have
-WARPGROUPS = 4
-WARPS = 4  # in a warpgroup
-LANES = 32
-OWN = 8  # bytes of an example that a thread has
-RUNS = 2  # in a box, 1 KB each, or more where there would be more boxes than
-BOXES = 32  # in a block: a group has no more barriers
 MOST_SUMS = 3  # of a program
-
-
-class Cut(NamedTuple):
-    """How x, of M examples and C features, is cut."""
-
-    columns: int  # of a slab
-    slabs: int
-    together: int  # examples in a group
-    groups: int
-    box: int  # groups of a box
-
-    @property
-    def boxes(self) -> int:
-        """Of each slab."""
-        return -(-self.groups // self.box)
-
-    @property
-    def share(self) -> int:
-        """Boxes that a warpgroup has at most."""
-        return -(-self.boxes // WARPGROUPS)
-
-    def bytes_of(self, arrays: int, itemsize: int) -> int:
-        """Shared memory for the slabs of so many arrays."""
-        examples = WARPGROUPS * self.share * self.box * self.together
-        return arrays * examples * self.columns * itemsize
-
-
-def fitting(examples: int, features: int, itemsize: int, arrays: int) -> Cut | None:
-    """The cut of x for kernels that hold so many arrays; None where x does not fit on the chip.
-
-    The narrowest slabs of which there are no more than SMs: as many SMs as can be share the work,
-    and all of x is on the chip at once. More slabs would come in waves, which read memory no faster
-    than streaming does. However few slabs there are, what fits into one is swept in a few
-    microseconds, less than the launches take that are saved: by arithmetic, it is not measured.
-    """
-    for row_bytes in ROW_BYTES:
-        columns, together = row_bytes // itemsize, LANES * OWN // row_bytes
-        slabs, groups = features // columns, examples // together
-        if features % columns or examples % together or slabs > BLOCKS or groups < WARPS:
-            continue
-        box = WARPS * min(RUNS, groups // WARPS)
-        while groups > box * BOXES:
-            box *= 2
-        found = Cut(columns, slabs, together, groups, box)
-        return found if found.bytes_of(arrays, itemsize) <= SHARED_BYTES else None
-    return None
 
 
 def resident(
@@ -165,18 +113,8 @@ class Slab:
         self._mine = lax.div(cut.boxes - self._warpgroup + WARPGROUPS - 1, WARPGROUPS)
 
         self._run = (WARPS, cut.together, cut.columns)
-        own = cut.together * cut.columns // LANES  # numbers that a thread has of a run
-        self._layout = plgpu.Layout.TILED(
-            plgpu.Tiling((self._run, (own,))),
-            warp_dims=(-4,), lane_dims=(-3, -2), vector_dim=-1,
-        )  # fmt: skip
+        self._layout, self._of_warps = layouts(cut)
         self._of_vectors = self._layout.reduce((0, 1))
-        self._of_warps = plgpu.Layout.TILED(  # each thread has its columns of all rows
-            plgpu.Tiling(((1, cut.columns), (own,))),
-            warp_dims=(plgpu.Replicated(WARPS),),
-            lane_dims=(plgpu.Replicated(cut.together), -2),
-            vector_dim=-1,
-        )
 
     def vector(self, ref):
         """This slab's part. :: [C] in memory -> [columns]"""

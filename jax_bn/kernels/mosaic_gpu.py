@@ -20,7 +20,8 @@ import jax.numpy as jnp
 
 from jax_bn import _activations, _shapes, _stages
 from jax_bn._stages import Kept, Stages
-from jax_bn.kernels._resident import fitting, resident
+from jax_bn.kernels._resident import resident
+from jax_bn.kernels._slabs import fitting
 from jax_bn.kernels._stream import stream, tiling
 
 Axes = tuple[int, ...]

@@ -15,7 +15,7 @@ from benchmarks.compiled import (
     seen_by_pallas,
 )
 import jax_bn
-from jax_bn.kernels import _resident, _stream
+from jax_bn.kernels import _slabs, _stream
 from jax_bn.kernels._stream import tiling
 
 NAMES = ("bn_moments", "bn_normalize", "bn_grad_sums", "bn_grad_input")
@@ -76,7 +76,7 @@ def test_an_x_that_fits_on_the_chip(dtype, for_h200, monkeypatch, capfd):
     itemsize, different = jnp.dtype(dtype).itemsize, 0
     for shape in ON_CHIP:
         examples, features = math.prod(shape[:-1]), shape[-1]
-        if _resident.fitting(examples, features, itemsize, 3) is None:
+        if _slabs.fitting(examples, features, itemsize, 3) is None:
             assert dtype == "float32"  # of twice the size
             continue
         compiled = for_h200(block, *arguments(shape, dtype))
@@ -145,11 +145,11 @@ def test_as_much_shared_memory_as_there_is(features, for_h200, monkeypatch):
         return launched(for_h200(lambda pull, dy: pull(dy), pull, x))
 
     def most():
-        fitting = [n for n in range(64, 8192, 16) if _resident.fitting(n, features, 2, 2)]
+        fitting = [n for n in range(64, 8192, 16) if _slabs.fitting(n, features, 2, 2)]
         return max(fitting)
 
     assert backward(most()) == 1
-    monkeypatch.setattr(_resident, "SHARED_BYTES", 227 * 1024)
+    monkeypatch.setattr(_slabs, "SHARED_BYTES", 227 * 1024)
     with pytest.raises(ValueError, match="exceeds available shared memory"):
         backward(most())
 

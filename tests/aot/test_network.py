@@ -83,7 +83,12 @@ def training_step(apply, params, stats):
     return step, (params, stats, jax.eval_shape(optimizer.init, params), IMAGES, LABELS)
 
 
-@pytest.fixture(scope="module", params=[in_linen, in_nnx], ids=["linen", "nnx"])
+def by_one_worker(framework):
+    """For the tests of one framework, which share what takes longest, its compiled programs."""
+    return pytest.param(framework, marks=pytest.mark.xdist_group(framework.__name__))
+
+
+@pytest.fixture(scope="module", params=map(by_one_worker, (in_linen, in_nnx)), ids=["linen", "nnx"])
 def counted(for_h200, request):
     @cache
     def counted(name):

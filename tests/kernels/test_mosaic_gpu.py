@@ -19,14 +19,14 @@ from steps import (
 from tolerance import assert_as_accurate, in_float64
 
 from jax_bn import batch_norm
-from jax_bn.kernels import _resident, _stream
+from jax_bn.kernels import _slabs, _stream
 
 STAGES = {"moments", "normalize", "grad_sums", "grad_input"}
 
 
 @pytest.fixture(autouse=True)
 def _nothing_fits_on_the_chip(monkeypatch):
-    monkeypatch.setattr(_resident, "SHARED_BYTES", 0)
+    monkeypatch.setattr(_slabs, "SHARED_BYTES", 0)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from test_mosaic_gpu import EXAMPLES, FEATURES, STAGES
 from tolerance import assert_as_accurate, in_float64
 
 from jax_bn import _stages, batch_norm, batch_renorm
-from jax_bn.kernels import _resident, mosaic_gpu
+from jax_bn.kernels import _slabs, mosaic_gpu
 
 PASSES = {"forward", "backward"}
 
@@ -47,8 +47,8 @@ def test_the_whole_operation(shape, dtype, activation, fused, hopper):
 @pytest.mark.parametrize("examples, blocks, row_bytes", [(80, 4, 64), (96, 2, 128)])
 def test_wider_slabs(examples, blocks, row_bytes, hopper, monkeypatch):
     """Where narrow ones were more than there are SMs. (JAX keeps programs by the shape of x.)"""
-    monkeypatch.setattr(_resident, "BLOCKS", blocks)
-    found = _resident.fitting(examples, 128, 2, 3)
+    monkeypatch.setattr(_slabs, "BLOCKS", blocks)
+    found = _slabs.fitting(examples, 128, 2, 3)
     assert found and (found.columns * 2, found.slabs) == (row_bytes, 128 * 2 // row_bytes)
     arrays, scale, bias = case((examples, 128), "bfloat16")
     assert_right(hopper, arrays, scale, bias, activation=jax.nn.relu, fused=True)
@@ -238,15 +238,15 @@ def test_every_number_of_x_is_in_one_box(dtype):
     fits = 0
     for examples, features in [(n, c) for n in EXAMPLES for c in FEATURES]:
         for arrays in (1, 2, 3):
-            cut = _resident.fitting(examples, features, itemsize, arrays)
+            cut = _slabs.fitting(examples, features, itemsize, arrays)
             if cut is None:
                 continue
             fits += 1
             assert cut.groups * cut.together == examples
-            assert cut.slabs * cut.columns == features and cut.slabs <= _resident.BLOCKS
+            assert cut.slabs * cut.columns == features and cut.slabs <= _slabs.BLOCKS
             assert cut.boxes - 1 < cut.groups / cut.box <= cut.boxes <= 4 * cut.share
             # A run is 8 bytes for each thread; no box begins beyond x or is larger than it.
             assert cut.together * cut.columns * itemsize == 32 * 8
             assert cut.box % 4 == 0 and cut.box <= cut.groups
-            assert cut.bytes_of(arrays, itemsize) <= _resident.SHARED_BYTES < 227 * 1024
+            assert cut.bytes_of(arrays, itemsize) <= _slabs.SHARED_BYTES < 227 * 1024
     assert fits > 100
