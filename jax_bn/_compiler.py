@@ -18,6 +18,8 @@ from jax_bn._platform import on
 
 Axes = Sequence[int]
 
+FEW = 4096  # terms of a sum that XLA:GPU does not split, see `sum_over`
+
 
 class Sweep(IntEnum):
     """The sweeps over x, or over dy and x, of one training step: compilers take two alike for one.
@@ -52,11 +54,14 @@ def apart(v, sweep: Sweep):
     return jax.tree.map(partial(on, "cpu", behind, otherwise=_as_it_is), v)
 
 
-def once(f: Callable, dy, kept, sweep: Sweep):
+def once(f: Callable, dy, kept, sweep: Sweep, *, written: bool):
     """f(dy, kept, sweep), which two sweeps want: on CPUs computed and written out once for both.
 
-    Elsewhere each sweep computes it, in words of its own. XLA:CPU takes no selection into a sum,
-    and would write it out in float32.
+    XLA:CPU takes no selection into a sum, and would write it out in float32. Elsewhere each sweep
+    computes it, in words of its own; but where it is `written` anyway, a result of the program in
+    dy's dtype, both use the same words: the compiler writes it in the first sweep, and the second
+    reads it in the place of all that it is made of. Not XLA:GPU, if the sums have to widen it or
+    have few terms: it makes two launches of the first sweep then.
     """
 
     def shared(dy, kept):
@@ -65,7 +70,17 @@ def once(f: Callable, dy, kept, sweep: Sweep):
     def of_its_own(dy, kept):
         return f(dy, kept, sweep)
 
-    return on("cpu", shared, dy, kept, otherwise=of_its_own)
+    def in_the_same_words(dy, kept):
+        return f(dy, kept, Sweep.GRAD_SUMS)
+
+    def elsewhere(dy, kept):
+        if not written:
+            return of_its_own(dy, kept)
+        if dy.dtype != kept.mean.dtype or dy.size // kept.mean.size <= FEW:
+            return on("cuda", of_its_own, dy, kept, otherwise=in_the_same_words)
+        return in_the_same_words(dy, kept)
+
+    return on("cpu", shared, dy, kept, otherwise=elsewhere)
 
 
 # What two sweeps say in the same words XLA:GPU makes one, and writes out; a barrier does not tell
@@ -134,7 +149,7 @@ def sum_over(v, axes: Axes):
         v = jnp.squeeze(jnp.sum(v, [a + 1 for a in axes], keepdims=True), batch + 1)
         return jnp.sum(lax.optimization_barrier(v), batch, keepdims=True)
 
-    few = 0 < _shapes.size(v.shape, axes) <= 4096
+    few = 0 < _shapes.size(v.shape, axes) <= FEW
     if not axes or v.ndim - 1 in axes or not few:  # along the last axis XLA needs no help
         return at_once(v)
     batch, *inner = axes

@@ -149,17 +149,20 @@ def grad_z(dy, kept: Kept, activation, sweep: Sweep):
         return dy
 
     sides, narrow = _activations.sides(activation), dy.dtype
+    selects = sides is not None and sides.slope == 0
 
     def dz(dy, kept, sweep):
         dy = dy.astype(kept.mean.dtype)
         if sides is None:
             return jax.vjp(activation, before_activation(kept, sweep))[1](dy)[0]
         above = _compiler.above(*_side(kept), closed=sides.closed, sweep=sweep)
-        if sides.slope == 0:  # dy or 0, whatever dy is: not 0*dy
+        if selects:  # dy or 0, whatever dy is: not 0*dy
             return jnp.where(above, dy, 0).astype(narrow)
         return jnp.where(above, dy, sides.slope * dy)
 
-    return _compiler.once(dz, dy, kept, sweep)
+    is_result = kept.y is not None or kept.residual is not None  # the residual's cotangent
+    written = is_result and (selects or narrow == kept.mean.dtype)
+    return _compiler.once(dz, dy, kept, sweep, written=written)
 
 
 def before_activation(kept: Kept, sweep: Sweep):

@@ -33,6 +33,12 @@ def for_h200(request):
     return compile_for_h200
 
 
+@pytest.fixture(scope="session")
+def for_v5e(request):
+    needs_compiler("tpu", request)
+    return lambda f, *shapes: compile_for_tpu(f, "v5e:2x2", *shapes)
+
+
 @pytest.fixture(scope="session", params=["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 def for_tpu(request):
     needs_compiler("tpu", request)
