@@ -62,9 +62,13 @@ def markdown(result: dict) -> str:
     """The times as tables, one for each dtype, and what was not measured."""
     parts = [f"{result['device']['kind']}, {result['date']}, commit {result['commit']}"]
     wrong = [c for c in result["checks"] if gpu_checks.why_wrong(c)]
-    checks = (
-        f"{len(result['checks'])}, of which {len(wrong)} failed" if result["checks"] else "none"
-    )
+    checks = "none"
+    if result["checks"]:
+        worst = max(c["error"] for c in result["checks"])
+        checks = (
+            f"{len(result['checks'])} of {result['settings']['repetitions']} repetitions, of which "
+            f"{len(wrong)} failed; the largest error is {worst:.3f} of what is allowed"
+        )
     parts.append(f"Checks: {checks}. The run: {result['ended']}.")
     if result["settings"]["dry_run"]:
         parts.append("A dry run: the times are those of an interpreter and mean nothing.")

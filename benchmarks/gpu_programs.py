@@ -24,9 +24,10 @@ MEASURES = ("forward", "backward", "step")  # as in `measure`
 
 
 class After(NamedTuple):
-    """What follows the normalization, and the fewest passes over arrays beyond the caches.
+    """What follows the normalization, and the passes over arrays beyond the caches of four sweeps.
 
-    Of an x that stays on the chip each array is read once: its rates are those of passes saved.
+    Of an x that stays on the chip each array is read once: its rates are those of passes saved; and
+    so it is where one program reads x once for y and for dx, or keeps dresidual for the last sweep.
     """
 
     relu: bool

@@ -32,16 +32,16 @@ def section(result: dict, path: Path) -> str:
     return "\n\n".join([BEGIN, *parts, END])
 
 
-def rewrite(path: Path, text: str) -> None:
+def rewrite(path: Path, text: str, begin: str = BEGIN, end: str = END) -> None:
     """Puts the section where the markers stand."""
     try:
         old = path.read_text()
     except OSError as e:
         raise BadResult(f"cannot read {str(path)!r}: {e.strerror}") from e
-    if old.count(BEGIN) != 1 or old.count(END) != 1 or old.index(BEGIN) > old.index(END):
-        raise BadResult(f"{str(path)!r}: expected one {BEGIN!r} and then one {END!r}")
-    before, rest = old.split(BEGIN)
-    path.write_text(before + text + rest.split(END)[1])
+    if old.count(begin) != 1 or old.count(end) != 1 or old.index(begin) > old.index(end):
+        raise BadResult(f"{str(path)!r}: expected one {begin!r} and then one {end!r}")
+    before, rest = old.split(begin)
+    path.write_text(before + text + rest.split(end)[1])
 
 
 def _link(path: Path) -> str:

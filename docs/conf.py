@@ -69,11 +69,11 @@ PAGES = {
     "benchmarks/results/2026-11-22-1627-cpu.md": "results/2026-11-22-1627-cpu.md",
     "benchmarks/results/2026-11-26-2009-cpu.md": "results/2026-11-26-2009-cpu.md",
     "benchmarks/results/2026-11-26-1428-cpu-stress.md": "results/2026-11-26-1428-cpu-stress.md",
-    "benchmarks/results/2026-11-26-1631-h200-steps.md": "results/2026-11-26-1631-h200-steps.md",
-    "benchmarks/results/2026-11-26-1643-h200-resnet.md": "results/2026-11-26-1643-h200-resnet.md",
     "benchmarks/results/2026-11-26-1651-h200-quick.md": "results/2026-11-26-1651-h200-quick.md",
-    "benchmarks/results/2026-11-26-2127-h200-checks.md": "results/2026-11-26-2127-h200-checks.md",
-    "benchmarks/results/2026-11-26-2128-h200-shapes.md": "results/2026-11-26-2128-h200-shapes.md",
+    "benchmarks/results/2026-11-26-2354-h200.md": "results/2026-11-26-2354-h200.md",
+    "benchmarks/results/2026-11-27-0004-h200-float32.md": (
+        "results/2026-11-27-0004-h200-float32.md"
+    ),
 }
 
 

@@ -6,12 +6,13 @@ their types vary as the arguments do, and derivatives of their own, those of the
 a second derivative never has to look into a kernel.
 """
 
-from functools import cache
+from functools import cache, partial
+import math
 from typing import Any
 
 import jax
 
-from jax_bn import _devices, _stages
+from jax_bn import _devices, _platform, _stages
 from jax_bn._stages import Stages
 
 NAMES = ("xla", "mosaic_gpu")
@@ -26,25 +27,26 @@ STATIC = (  # arguments of each of the four, and of the passes
 )
 
 
-def checked(name: Any) -> str:
-    """The name of an implementation; None is XLA's.
+# Where None takes the kernels that are whole passes: device, dtype, examples and features of x. In
+# the last run of all shapes on that device each measure of it (forward, backward, both; alone, and
+# with residual and relu) took less time with them than with XLA, on the device and by the clock.
+FASTER = {("NVIDIA H200", "bfloat16", 32 * 7 * 7, 2048)}
 
-    On an H200 the kernels save 5% of the device's time of a ResNet-50, by the clock less than 1%,
-    and cost half a minute of compiling: benchmarks/results/2026-11-26-1643-h200-resnet.json.
-    """
-    if name is None:
-        return "xla"
-    if not isinstance(name, str) or name not in NAMES:
+
+def checked(name: Any) -> str | None:
+    """The name of an implementation, or None."""
+    if name is not None and (not isinstance(name, str) or name not in NAMES):
         raise ValueError(f"implementation={name!r}; expected None or one of {NAMES}")
     return name
 
 
-def stages(name: str, x, mask, residual, **options) -> Stages:
+def stages(name: str | None, x, mask, residual, **options) -> Stages:
     """The stages of that name; `options` are the static ones of the call.
 
-    Raises NotImplementedError with the reason where they cannot run it.
+    Raises NotImplementedError with the reason where they cannot run it. None: XLA's; but the
+    kernels for whole passes, where they can run it and are `FASTER`, in programs for one GPU.
     """
-    if name == "xla":
+    if name == "xla" or (name is None and not _faster(x)):
         return _stages.XLA
     if jax.__version_info__ < OLDEST_JAX:
         why = f"jax is {jax.__version__}; expected 0.11 or later"
@@ -53,34 +55,59 @@ def stages(name: str, x, mask, residual, **options) -> Stages:
 
         why = mosaic_gpu.why_not_here() or mosaic_gpu.why_not(x, mask, residual, **options)
         if why is None:
-            return _wrapped(mosaic_gpu.stages(x, residual, options["activation"]))
+            kernels = _wrapped(mosaic_gpu.stages(x, residual, options["activation"]), name is None)
+            passes = dict(forward=kernels.forward, backward=kernels.backward)
+            return _stages.XLA._replace(**passes) if name is None else kernels
+    if name is None:
+        return _stages.XLA
     raise NotImplementedError(f'implementation="{name}": {why}. implementation=None runs it')
 
 
+def _faster(x) -> bool:
+    """Whether the kernels were measured to be faster for an x like this one, where it is."""
+    of_x = x.dtype.name, math.prod(x.shape[:-1]), *x.shape[-1:]
+    devices = [device for device, *measured in FASTER if tuple(measured) == of_x]
+    return bool(devices) and _device_kind() in devices  # JAX is not started for another x
+
+
+def _device_kind() -> str:
+    compiled_for = jax.sharding.get_abstract_mesh().abstract_device  # a device that is not here
+    return (compiled_for or jax.local_devices()[0]).device_kind
+
+
 @cache
-def _wrapped(kernels: Stages) -> Stages:
-    """The stages of kernels; always the same functions, since JAX keeps programs by these."""
-    return Stages(*map(_stage, kernels, _stages.WHOLE, STATIC))
+def _wrapped(kernels: Stages, or_xla: bool) -> Stages:
+    """The stages of kernels; always the same functions, since JAX keeps programs by these.
+
+    `or_xla`: only in programs for one GPU, in all others those of XLA.
+    """
+    wrapped = map(partial(_stage, or_xla), kernels, _stages.WHOLE, STATIC)
+    return Stages(*wrapped)
 
 
-def _stage(kernel, definition, static) -> Any:
+def _stage(or_xla: bool, kernel, definition, static) -> Any:
     if kernel is None:
         return None
     import jax_bn.kernels._one_device as _one_device
 
-    def stage(first, *args, **options):
-        def typed(f, args):  # a kernel does not say that its results differ between devices
-            results, given = f(*args, **options), jax.tree.leaves(args)
+    def stage(*args, **options):
+        by_kernel, by_xla = (partial(f, **options) for f in (kernel, definition))
+        either = partial(_platform.on, "cuda", by_kernel, otherwise=by_xla, one_device=True)
+
+        def typed(f, *args):  # a kernel does not say that its results differ between devices
+            results, given = f(*args), jax.tree.leaves(args)
             return jax.tree.map(lambda v: _devices.varying_as(v, *given), results)
 
         @jax.custom_jvp
         def run(first, *args):
-            return typed(kernel, (_one_device.on_one_device(first), *args))
+            if or_xla:
+                return typed(either, first, *args)
+            return typed(by_kernel, _one_device.on_one_device(first), *args)
 
         @run.defjvp
         def _(primals, tangents):
-            return jax.jvp(lambda *args: typed(definition, args), primals, tangents)
+            return jax.jvp(partial(typed, by_xla), primals, tangents)
 
-        return run(first, *args)
+        return run(*args)
 
     return jax.jit(stage, static_argnames=static)

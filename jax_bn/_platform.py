@@ -23,8 +23,10 @@ _on = Primitive("jax_bn_on")
 _on.multiple_results = True
 
 
-def on(platform: str, f: Callable, *args, otherwise: Callable) -> Any:
+def on(platform: str, f: Callable, *args, otherwise: Callable, one_device: bool = False) -> Any:
     """f(*args) in programs that are lowered for `platform`, otherwise(*args) in all others.
+
+    With `one_device` only in those that no compiler spreads over devices.
 
     Where nothing is traced no program is lowered: otherwise(*args). All results depend on all
     arguments, for what JAX knows, so what is linear in some of them should not be mixed with what
@@ -36,32 +38,42 @@ def on(platform: str, f: Callable, *args, otherwise: Callable) -> Any:
 
     elsewhere, results = jax.make_jaxpr(otherwise, return_shape=True)(*args)
     here = jax.make_jaxpr(f)(*args)
-    return jax.tree.unflatten(jax.tree.structure(results), _bind(platform, here, elsewhere, leaves))
+    bound = _bind(platform, one_device, here, elsewhere, leaves)
+    return jax.tree.unflatten(jax.tree.structure(results), bound)
 
 
-def _bind(platform: str, here, elsewhere, args) -> list:
+def partitioned_over(ctx) -> int:
+    """How many devices a compiler spreads the program over that is lowered in this context.
+
+    1 inside shard_map and pmap: there each device has a program of its own.
+    """
+    return getattr(ctx.module_context.axis_context, "num_devices", None) or 1
+
+
+def _bind(platform: str, one_device: bool, here, elsewhere, args) -> list:
     types = [[(v.shape, v.dtype) for v in jaxpr.out_avals] for jaxpr in (here, elsewhere)]
     if types[0] != types[1]:
         raise TypeError(f"on {platform} results are {types[0]}; expected {types[1]}, as elsewhere")
-    return _on.bind(*args, platform=platform, here=here, elsewhere=elsewhere)
+    return _on.bind(*args, platform=platform, one_device=one_device, here=here, elsewhere=elsewhere)
 
 
 def _as_function(closed) -> Callable:
     return partial(eval_jaxpr, closed.jaxpr, closed.consts)
 
 
-def _run(*args, platform, here, elsewhere):
-    del platform, here
+def _run(*args, platform, one_device, here, elsewhere):
+    del platform, one_device, here
     return _as_function(elsewhere)(*args)
 
 
-def _results(*avals, platform, here, elsewhere):
-    del avals, platform, here
+def _results(*avals, platform, one_device, here, elsewhere):
+    del avals, platform, one_device, here
     return elsewhere.out_avals
 
 
-def _lowered(ctx, *args, platform, here, elsewhere, lowered_for=None):
-    chosen = here if platform == lowered_for else elsewhere
+def _lowered(ctx, *args, platform, one_device, here, elsewhere, lowered_for=None):
+    spread = one_device and partitioned_over(ctx) > 1
+    chosen = here if platform == lowered_for and not spread else elsewhere
     # `mlir.lower_fun` does this too, but traces it once more first: a third of what lowering takes.
     module = ctx.module_context
     module = module if ctx.platforms is None else module.replace(platforms=ctx.platforms)
@@ -80,11 +92,11 @@ def _lowered(ctx, *args, platform, here, elsewhere, lowered_for=None):
     return results
 
 
-def _batched(args, dims, *, platform, here, elsewhere):
+def _batched(args, dims, *, platform, one_device, here, elsewhere):
     def mapped(jaxpr):
         return jax.make_jaxpr(jax.vmap(_as_function(jaxpr), in_axes=tuple(dims)))(*args)
 
-    results = _bind(platform, mapped(here), mapped(elsewhere), args)
+    results = _bind(platform, one_device, mapped(here), mapped(elsewhere), args)
     return results, [0] * len(results)
 
 
@@ -95,7 +107,7 @@ def _jvp(primals, tangents, **params):
     return _on.bind(*primals, **params), along
 
 
-def _transposed(cotangents, *args, platform, here, elsewhere):
+def _transposed(cotangents, *args, platform, one_device, here, elsewhere):
     is_linear = [ad.is_undefined_primal(v) for v in args]
     known = [v for v, linear in zip(args, is_linear, strict=True) if not linear]
     avals = [v.aval for v, linear in zip(args, is_linear, strict=True) if linear]
@@ -111,7 +123,7 @@ def _transposed(cotangents, *args, platform, here, elsewhere):
 
         return jax.make_jaxpr(run)(*given)
 
-    found = iter(_bind(platform, transposed(here), transposed(elsewhere), given))
+    found = iter(_bind(platform, one_device, transposed(here), transposed(elsewhere), given))
     return [next(found) if linear else None for linear in is_linear]
 
 

@@ -12,7 +12,17 @@ import sys
 
 import pytest
 
-from benchmarks import __main__ as command_line, compare, peers, readme, record, report, torch_peers
+from benchmarks import (
+    __main__ as command_line,
+    compare,
+    gpu_readme,
+    peers,
+    readme,
+    record,
+    report,
+    torch_peers,
+)
+from jax_bn import _implementation
 
 ROW = {"measure", "shape", "dtype", "implementation", "seconds", "over_flax", "bound_seconds"}
 HERE = ["jax_bn", "jax_bn fused", "flax.linen"]
@@ -368,58 +378,16 @@ def test_readme_and_results_say_of_the_cpu_what_was_measured():
 
 def of_the_h200(name):
     path = record.ROOT / "benchmarks" / "results" / f"2026-11-26-{name}.json"
-    return json.loads(path.read_text())["times"]
+    return json.loads(path.read_text())
 
 
 def test_readme_says_of_the_h200_what_was_measured():
     text = (record.ROOT / "README.md").read_text()
     section = text.split("## On GPUs and TPUs")[1].split("\n## ")[0]
     said = re.sub(r"\s+", " ", section)
-    for row in of_the_h200("1643-h200-resnet"):
-        on_device, by_clock = (f"{1e3 * s:.1f} ms" for s in (
-            row["device_seconds"], row["seconds"]["median"]
-        ))  # fmt: skip
-        ratio = f"{row['over_flax']['median']:.2f}".removesuffix(".00")
-        assert f"| {on_device} | {by_clock} | {ratio} | {row['compile_seconds']:.0f} s" in said
-
-    of: dict[str, dict] = {}
-    clock: dict[str, dict] = {}
-    for row in of_the_h200("1631-h200-steps"):
-        case = tuple(row["shape"]), row["after"]
-        of.setdefault(row["implementation"], {})[case] = row["device_seconds"]
-        clock.setdefault(row["implementation"], {})[case] = row["seconds"]["median"]
-    names = "jax_bn", "jax_bn kernels", "torch channels-last"
-    flax, (xla, kernels, _) = of["flax.linen"], (of[name] for name in names)
-    small = [(32, 7, 7, 2048), (256, 1024)]
-    digits = 2, 2, 1
-
-    def extremes(name, n):
-        ratios = [of[name][case] / flax[case] for case in flax if case[0] not in small]
-        return f"{min(ratios):.{n}f} to {max(ratios):.{n}f}"
-
-    ranges = map(extremes, names, digits)
-    assert "stages take {} of Flax's time, the kernels {}, PyTorch's eager kernels {},".format(
-        *ranges
-    ) in said  # fmt: skip
-    for shape, last in zip(small, (2, 1), strict=True):
-        case = shape, "nothing"
-        ratios = [of[name][case] / flax[case] for name in names]
-        told = f"{ratios[0]:.2f}, {ratios[1]:.2f} and {ratios[2]:.{last}f}"
-        assert told in said
-    beside = {case: kernels[case] / xla[case] for case in xla}
-    large = [v for (shape, _), v in beside.items() if shape != (256, 1024)]
-    assert f"take longer in {sum(v > 1 for v in beside.values())} of the 26 cases" in said
-    assert f"else up to {max(large):.2f}; at best they take {min(large):.2f} of" in said
-    few = [v for (shape, _), v in beside.items() if shape == (256, 1024)]
-    assert f"at (256,1024) {few[0]:.1f} and {few[1]:.1f} times as long" in said
-    for name, told in (("jax_bn kernels", "{} of the 26, by up to {:.2f}"),
-                       ("jax_bn", "{}, by up to {:.2f}")):  # fmt: skip
-        slower = [v for v in (clock[name][c] / clock["flax.linen"][c] for c in flax) if v > 1]
-        assert f"in {told.format(len(slower), max(slower))}" in said
-
     quick = {
         (row["measure"], row["dtype"], row["implementation"]): f"{row['over_flax']['median']:.2f}"
-        for row in of_the_h200("1651-h200-quick")
+        for row in of_the_h200("1651-h200-quick")["times"]
     }
     step = [quick["step", dtype, "jax_bn"] for dtype in ("bfloat16", "float32")]
     assert "takes {} of Flax's time in bfloat16 and {} in float32".format(*step) in said
@@ -431,103 +399,70 @@ def test_readme_says_of_the_h200_what_was_measured():
     )
     moved = {
         row["implementation"]: f"{row['bytes_moved'] / 2**20:.0f}"
-        for row in of_the_h200("1651-h200-quick")
+        for row in of_the_h200("1651-h200-quick")["times"]
         if (row["measure"], row["dtype"]) == ("network", "bfloat16") and row.get("bytes_moved")
     }
     told = f"move {moved['jax_bn fused']} MiB for {moved['jax_bn']} (Flax's {moved['flax.linen']})"
     assert told in said
 
 
-def test_readme_and_results_say_of_the_chip_what_was_measured():
-    """The table of the later run, the aims beside what came out, and the checks."""
-    timed: dict[tuple, dict[str, dict]] = {}
-    for row in of_the_h200("2128-h200-shapes"):
-        case = tuple(row["shape"]), row["after"], row["measure"]
-        timed.setdefault(case, {})[row["implementation"]] = row
-    small, large = [(32, 7, 7, 2048), (256, 1024)], [(256, 56, 56, 64), (256, 14, 14, 1024)]
-    large.append((256, 7, 7, 2048))
-    ours, measures = ("jax_bn kernels", "jax_bn"), ("forward", "backward", "step")
-    torch = "torch channels-last"
+def test_tables_of_the_h200_are_those_of_the_results():
+    for name, text in gpu_readme.sections(gpu_readme.measured()).items():
+        assert text in (record.ROOT / name).read_text(), "python -m benchmarks.gpu_readme"
 
-    def over_flax(name, shape, after, measure):
-        return timed[shape, after, measure][name]["device_over_flax"]
 
-    def span(values, form):
-        return f"{form.format(min(values))} to {form.format(max(values))}"
+def test_none_takes_the_kernels_where_they_were_measured_to_be_faster():
+    kinds = {of_the_h200("2354-h200")["device"]["kind"]}
+    faster = gpu_readme.faster(gpu_readme.measured())
+    assert {(kind, *x) for kind in kinds for x in faster} == _implementation.FASTER
 
-    said = " ".join((record.ROOT / "README.md").read_text().split())
-    for shape in small:
-        for after in ("nothing", "residual, relu"):
-            pairs = [[over_flax(name, shape, after, m) for name in ours] for m in measures]
-            cells = " | ".join("{:.2f}, {:.2f}".format(*pair) for pair in pairs)
-            assert f"| {cells} |" in said, (shape, after, cells)
-    spans = [
-        ", ".join(span([over_flax(n, s, "nothing", m) for s in large], "{:.2f}") for n in ours)
-        for m in measures
-    ]
-    assert f"| {' | '.join(spans)} |" in said
 
-    def slower(of, seconds):
-        """In how many cases the kernels take longer than XLA's stages, of how many; by how much."""
-        ratios = [
-            seconds(c[ours[0]]) / seconds(c[ours[1]]) for case, c in timed.items() if of(case)
-        ]
-        return sum(v > 1 for v in ratios), len(ratios), max(ratios)
-
-    def on_device(row):
-        return row["device_seconds"]
-
-    lost, steps, _ = slower(lambda case: case[2] == "step", on_device)
-    assert f"they win {steps - lost} of the {steps} steps" in said
-    passes_lost = slower(lambda case: case[2] != "step" and case[0] != (256, 1024), on_device)[0]
-    assert (
-        passes_lost == 0
-        and slower(lambda c: c[::2] == ((256, 1024), "backward"), on_device)[0] == 0
+def test_readme_and_results_say_beside_the_tables_of_the_h200_what_was_measured():
+    readme_says, results_say = (
+        " ".join((record.ROOT / name).read_text().split())
+        for name in ("README.md", "docs/results.md")
     )
-    lost, cases, most = slower(lambda case: True, lambda row: row["seconds"]["median"])
-    assert f"in {lost} of the {cases} cases, by up to {most:.2f}" in said
-
-    table = " ".join((record.ROOT / "docs/results.md").read_text().split())
-    of_copy = {case: rows[ours[0]]["over_copy"] for case, rows in timed.items()}
-    rates = [span([of_copy[s, "nothing", m] for s in large], "{:.0%}") for m in measures]
-    assert f"step {rates[2]}, backward alone {rates[1]}, forward alone {rates[0]};" in table
-    on_chip = [
-        " and ".join(f"{of_copy[s, a, 'step']:.0%}" for a in ("nothing", "residual, relu"))
-        for s in small
+    rows = gpu_readme.measured()
+    time = gpu_readme.on_device
+    ours, kernels, flax = "jax_bn", "jax_bn kernels", "flax.linen"
+    cases = gpu_readme.layers(rows)
+    narrow = {key[1:]: case for key, case in cases.items() if key[0] == "float32"}
+    steps = [time(c[kernels]) / time(c[ours]) for k, c in narrow.items() if k[2] == "step"]
+    assert f"they lose to XLA's stages: a step by up to {max(steps):.2f}" in readme_says
+    lost = [
+        max(time(c[n]) / time(c[flax]) for (_, _, m), c in narrow.items() if m == "backward")
+        for n in (ours, kernels)
     ]
-    assert "step {} at (32,7,7,2048), {} at (256,1024)".format(*on_chip) in table
-    faster = [
-        " and ".join(
-            f"{1 / over_flax(ours[0], s, a, 'step'):.1f}" for a in ("nothing", "residual, relu")
-        )
-        for s in small
-    ]
-    assert "{} times at (32,7,7,2048), {} times at (256,1024)".format(*faster) in table
-    beside_torch = [
-        c[torch]["device_seconds"] / c[ours[0]]["device_seconds"]
-        for case, c in timed.items()
-        if case[2] == "step"
-    ]
-    assert f"| {span(beside_torch, '{:.1f}')} times, beside" in table
+    assert "lost to Flax's there with a residual and relu" in readme_says
+    assert "by up to {:.2f} through XLA and {:.2f} with the kernels".format(*lost) in readme_says
 
-    step = timed[(256, 1024), "nothing", "step"]
-    before = next(
-        row["kernels"]
-        for row in of_the_h200("1631-h200-steps")
-        if (row["shape"], row["after"], row["implementation"]) == ([256, 1024], "nothing", ours[0])
-    )
-    assert (len(before), step[ours[0]]["launches"], step[ours[1]]["launches"]) == (10, 4, 5)
-    times = sum(seconds for _, seconds in before), *(step[n]["device_seconds"] for n in ours)
-    took = (
-        "took {:.0f} us in ten launches, and takes {:.0f} in four; XLA's stages take {:.0f} in five"
-    )
-    assert took.format(*(1e6 * v for v in times)) in table
-    own = [seconds for name, seconds in step[ours[0]]["kernels"] if "mosaic_gpu" in name]
-    told = "two kernels, {:.0f} and {:.0f} us, where a copy of x takes {:.1f}"
-    assert told.format(*(1e6 * v for v in (*own, step["copy"]["device_seconds"]))) in table
+    of_copy = [
+        (key[3], case[kernels]["over_copy"])
+        for key, case in cases.items()
+        if key[0] == "bfloat16" and 2 * math.prod(key[2]) >= 1e8
+    ]
+    below = [(measure, f"{v:.0%}") for measure, v in of_copy if v < 0.9]
+    assert sorted(below) == [("forward", "87%"), ("forward", "88%"), ("forward", "88%")]
+    assert "but for three forward passes alone of 87% and 88%" in results_say
+    chip = {k[1:]: c for k, c in cases.items() if k[0] == "bfloat16" and k[2] in gpu_readme.FEW}
+    above = [key for key, case in chip.items() if case[kernels]["over_copy"] > 1]
+    assert above == [("residual, relu", (256, 1024), "backward")]
+    network = {r["implementation"]: r for r in rows if r["measure"] == "training step"}
+    faster = [f(network[flax]) / f(network[kernels]) for f in (time, gpu_readme.by_clock)]
+    assert "| {:.2f} times on the device, {:.2f} by the clock |".format(*faster) in results_say
 
-    path = record.ROOT / "benchmarks" / "results" / "2026-11-26-2127-h200-checks.json"
-    checks = json.loads(path.read_text())["checks"]
-    assert len({tuple(c["shape"]) for c in checks}) == 7
+    small = cases["bfloat16", "nothing", (256, 1024), "step"]
+    own = [1e6 * seconds for name, seconds in small[kernels]["kernels"] if "mosaic_gpu" in name]
+    copied = 1e6 * time(small["copy"])
+    told = f"take {own[0]:.1f} and {own[1]:.1f} us, where a copy of x takes {copied:.1f}"
+    assert told in results_say
+    parts = of_the_h200("2341-h200-sums")["times"]["(256, 1024)"]
+    took = [parts[name][0][1] for name in ("copy", "one", "two", "first2", "full3")]
+    assert f"only copies took {took[0]:.1f}, and each further sum 0.8 to 0.9" in results_say
+    for more, fewer in ((1, 0), (2, 1), (4, 3)):
+        assert 0.75 < took[more] - took[fewer] < 0.95
+
+    checks = of_the_h200("2354-h200")["checks"]
+    assert len(checks) == 42 and len({tuple(c["shape"]) for c in checks}) == 7
     for check in checks:
         assert (check["repetitions"], check["differing"]) == (1000, 0) and check["error"] <= 1

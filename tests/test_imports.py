@@ -39,8 +39,14 @@ MAY_IMPORT = {  # of this package; downward only
     "torch._model": {"torch._layer"},
     "torch._layer": set(),
     "_arguments": {"_activations", "_shapes"},
-    "_implementation": {"_devices", "_stages", "kernels._one_device", "kernels.mosaic_gpu"},
-    "kernels._one_device": set(),
+    "_implementation": {
+        "_devices",
+        "_platform",
+        "_stages",
+        "kernels._one_device",
+        "kernels.mosaic_gpu",
+    },
+    "kernels._one_device": {"_platform"},
     "kernels": set(),
     "kernels.mosaic_gpu": {
         "_activations",

@@ -7,6 +7,8 @@ primitive; and its import takes Pallas along, so it stands here.
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
+from jax_bn import _platform
+
 
 def on_one_device(v):
     """v, in a program that no compiler spreads over devices; any other is refused when lowered.
@@ -17,9 +19,7 @@ def on_one_device(v):
 
 
 def _lowered_on_one_device(ctx, v):
-    # Only what the compiler partitions knows a number of devices.
-    devices = getattr(ctx.module_context.axis_context, "num_devices", 1)
-    if devices not in (None, 1):
+    if (devices := _platform.partitioned_over(ctx)) > 1:
         raise NotImplementedError(
             f"implementation: the compiler cannot partition a hand-written kernel over {devices} "
             "devices. Call batch_norm inside shard_map, with axis_name, or use implementation=None"

@@ -1,5 +1,6 @@
 """The hand-written stages, compiled for an H200: which kernels, how many registers, no spills."""
 
+from functools import partial
 import math
 import re
 from typing import Any
@@ -154,6 +155,34 @@ def test_as_much_shared_memory_as_there_is(features, for_h200, monkeypatch):
         backward(most())
 
 
+def passes_in(compiled):
+    """The kernels of whole passes in a compiled program."""
+    found = re.findall(r'custom_call_target="mosaic_gpu\w*".*(bn_\w+?)_', compiled.as_text())
+    return sorted(found)
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["alone", "residual, relu"])
+def test_without_a_name_where_the_kernels_were_measured_to_be_faster(fused, for_h200):
+    """And only there; nor in a program that is spread over devices, by whomever."""
+
+    def step(x, residual, dy, scale, bias, **options):
+        options |= dict(residual=residual, activation=jax.nn.relu) if fused else {}
+        y, pull = jax.vjp(lambda *args: jax_bn.batch_norm(*args, **options)[0], x, scale, bias)
+        return y, pull(dy)
+
+    def masked(*args):
+        return step(*args, mask=jnp.arange(32)[:, None, None] < 31)
+
+    there = arguments((32, 7, 7, 2048), "bfloat16")
+    assert passes_in(for_h200(step, *there)) == sorted(PASSES)
+    assert not passes_in(for_h200(step, *there, devices=2))
+    assert not passes_in(for_h200(masked, *there))
+    assert not passes_in(for_h200(partial(step, implementation="xla"), *there))
+    assert passes_in(for_h200(partial(step, forward_mode=True), *there)) == ["bn_forward"]
+    for shape, dtype in (((32, 7, 7, 1024), "bfloat16"), ((32, 7, 7, 2048), "float32")):
+        assert not passes_in(for_h200(step, *arguments(shape, dtype)))
+
+
 def test_under_a_remat_policy(for_h200):
     """x is kept, and y computed again; in one program XLA takes the two calls, alike, for one."""
 
@@ -168,9 +197,8 @@ def test_under_a_remat_policy(for_h200):
         kept = jax.eval_shape(lambda *args: jax.vjp(checkpointed, *args)[1], x, *vectors)
     size = sum(v.size * v.dtype.itemsize for v in jax.tree.leaves(kept))
     assert 1 <= size / (2 * x.size) < 1.02
-    text = for_h200(jax.value_and_grad(loss), x, *vectors).as_text()
-    found = re.findall(r'custom_call_target="mosaic_gpu\w*".*(bn_\w+?)_', text)
-    assert sorted(found) == ["bn_backward", "bn_forward"]
+    compiled = for_h200(jax.value_and_grad(loss), x, *vectors)
+    assert passes_in(compiled) == ["bn_backward", "bn_forward"]
 
 
 def test_a_tile_too_large_for_the_h200(for_h200, monkeypatch):
@@ -189,20 +217,32 @@ def test_what_the_compiler_would_partition_is_refused(for_h200):
 def test_inside_shard_map(axis_name, kernels, sums, check_vma, for_h200):
     """Each of two devices launches the kernels; all-reduces are those of XLA's stages."""
     del for_h200  # the compiler is here
-    devices = described_h200s(2)
-    mesh = jax.sharding.Mesh(devices, ("data",))
+    options: Any = dict(axis_name=axis_name, implementation="mosaic_gpu")
+    compiled = step_inside_shard_map((256, 1024), options, check_vma)
+    launches = re.findall(r'custom_call_target="mosaic_gpu', compiled.as_text() or "")
+    assert len(launches) == kernels
+    assert collectives_in(compiled)[0]["all-reduce"] == sums
+
+
+@pytest.mark.parametrize("axis_name, expected", [("data", ()), (None, PASSES)])
+def test_without_a_name_inside_shard_map(axis_name, expected, for_h200):
+    """Of what is measured nothing sums over devices."""
+    del for_h200  # the compiler is here
+    compiled = step_inside_shard_map((64, 7, 7, 2048), dict(axis_name=axis_name), True)
+    assert passes_in(compiled) == sorted(expected)
+
+
+def step_inside_shard_map(shape, options: dict, check_vma: bool):
+    """A step on two devices, which have half of x each; compiled."""
+    mesh = jax.sharding.Mesh(described_h200s(2), ("data",))
     over = jax.sharding.PartitionSpec("data")
     spread = jax.sharding.NamedSharding(mesh, over)
-    x = jax.ShapeDtypeStruct((256, 1024), jnp.bfloat16, sharding=spread)
+    x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=spread)
 
     def step(x):
-        options: Any = dict(axis_name=axis_name, implementation="mosaic_gpu")
         y, pull = jax.vjp(lambda x: jax_bn.batch_norm(x, **options)[0], x)
         return y, pull(y)[0]
 
     mapped = jax.shard_map(step, mesh=mesh, in_specs=over, out_specs=over, check_vma=check_vma)
     with seen_by_pallas():
-        compiled = jax.jit(mapped).trace(x).lower().compile()
-    launches = re.findall(r'custom_call_target="mosaic_gpu', compiled.as_text() or "")
-    assert len(launches) == kernels
-    assert collectives_in(compiled)[0]["all-reduce"] == sums
+        return jax.jit(mapped).trace(x).lower().compile()
