@@ -74,8 +74,8 @@ def markdown(result: dict) -> str:
         parts.append("A dry run: the times are those of an interpreter and mean nothing.")
     parts.append(
         "Each cell: time on the device, the kernels' own (with ~: by the clock), how many times as "
-        "fast as Flax's layer, and the bandwidth of the fewest passes over x as a share of that of "
-        "the faster copy. By the clock, small arrays are the host's; the file has both."
+        "fast as Flax's layer, and the bandwidth of the passes of four sweeps as a share of that "
+        "of the faster copy. By the clock, small arrays are the host's; the file has both."
     )
     timed = {row["implementation"] for row in result["times"]}
     names = [n for n in (*IMPLEMENTATIONS, *COPIES) if n in timed]

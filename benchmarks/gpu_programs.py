@@ -77,7 +77,7 @@ def peer(name: str, after: After) -> Peer:
 
     def ours(x):
         own: dict[str, Any] = dict(activation=jax.nn.relu) if after.relu else {}
-        own |= dict(implementation="mosaic_gpu") if name == KERNELS else {}
+        own |= dict(implementation="mosaic_gpu" if name == KERNELS else "xla")
 
         def apply(x, scale, bias, state):
             x, residual = x if after.residual else (*x, None)

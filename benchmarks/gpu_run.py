@@ -218,7 +218,7 @@ class Run:
         ours: Any = jax_bn.linen.BatchNorm
         layers: dict[str, tuple[Callable, bool]] = {
             FLAX: (linen.BatchNorm, False),
-            OURS: (ours, True),
+            OURS: (partial(ours, implementation="xla"), True),
             KERNELS: (partial(ours, implementation="mosaic_gpu"), True),
         }
         size = self.plan.network
@@ -279,7 +279,7 @@ def rows(
     """What the file says of each: seconds by the clock and on the device, and a rate.
 
     On the device are the kernels' own times: by the clock, those of a small array are the host's.
-    The rate is that of the fewest passes over x, whatever the program really moves; `over_copy`
+    The rate is that of the passes of four sweeps, whatever the program really moves; `over_copy`
     is its ratio to that of the faster copy.
     """
     size = math.prod(case["shape"]) * jnp.dtype(case["dtype"]).itemsize

@@ -71,7 +71,7 @@ def batch_norm(
         dtype: of y; None for x's own.
         forward_mode: take the rule that `jax.jvp` can use; see below.
         implementation: "xla", or "mosaic_gpu": hand-written kernels for Hopper GPUs, see below.
-            None takes XLA's, but where the kernels were measured to be faster.
+            None takes XLA's, except where the kernels were measured to be faster.
 
     Returns:
         `(y, stats)`: y has the shape of x; `stats` is a `BatchStats` with the shape of the feature
@@ -136,9 +136,10 @@ def batch_norm(
     higher ones and tangents XLA's. Where x stays on the chip, as 2048 examples of 2048 features in
     bfloat16 do, forward and backward are one kernel each; not under `axis_name`, nor the forward
     pass of `batch_renorm`. It runs on one device, under `vmap`, and under `shard_map`; a program
-    that the compiler partitions is refused. None takes XLA's stages; in a program for one H200 the
-    kernels for whole passes over 1568 examples of 2048 features in bfloat16, the shape at which all
-    that was measured took less time with them (README, "On GPUs and TPUs").
+    that the compiler partitions is refused. None takes XLA's stages; except for 1568
+    examples of 2048 features in bfloat16 in a program for one H200, neither mapped nor exported:
+    there all that was measured took less time with the kernels for whole passes (README, "On GPUs
+    and TPUs").
 
     Source: "Deriving Batch-Norm Backprop Equations"; Ioffe and Szegedy 2015 for the layer; Chan,
     Golub and LeVeque 1983 for the variance.

@@ -58,8 +58,8 @@ def once(f: Callable, dy, kept, sweep: Sweep, *, written: bool):
     """f(dy, kept, sweep), which two sweeps want: on CPUs computed and written out once for both.
 
     XLA:CPU takes no selection into a sum, and would write it out in float32. Elsewhere each sweep
-    computes it, in words of its own; but where it is `written` anyway, a result of the program in
-    dy's dtype, both use the same words: the compiler writes it in the first sweep, and the second
+    computes it, in words of its own; but where it is `written` anyway, as a rule a result of the
+    program, both use the same words: the compiler writes it in the first sweep, and the second
     reads it in the place of all that it is made of. Not XLA:GPU, if the sums have to widen it or
     have few terms: it makes two launches of the first sweep then.
     """
@@ -76,7 +76,7 @@ def once(f: Callable, dy, kept, sweep: Sweep, *, written: bool):
     def elsewhere(dy, kept):
         if not written:
             return of_its_own(dy, kept)
-        if dy.dtype != kept.mean.dtype or dy.size // kept.mean.size <= FEW:
+        if dy.dtype != kept.mean.dtype or dy.size <= FEW * kept.mean.size:
             return on("cuda", of_its_own, dy, kept, otherwise=in_the_same_words)
         return in_the_same_words(dy, kept)
 

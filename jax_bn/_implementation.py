@@ -1,9 +1,10 @@
 """Which stages run: a name -> `Stages`, and why one is refused.
 
-Each backend is imported when it is asked for by name. Here its stages get what all of them need:
-one program for each shape, a refusal where a compiler would have to partition them, results that by
-their types vary as the arguments do, and derivatives of their own, those of the XLA stages, so that
-a second derivative never has to look into a kernel.
+Each backend is imported when it is asked for by name, or by None where it was measured to be
+faster. Here its stages get what all of them need: one program for each shape, a refusal where a
+compiler would have to partition them, results that by their types vary as the arguments do, and
+derivatives of their own, those of the XLA stages, so that a second derivative never has to look
+into a kernel.
 """
 
 from functools import cache, partial
@@ -44,11 +45,13 @@ def stages(name: str | None, x, mask, residual, **options) -> Stages:
     """The stages of that name; `options` are the static ones of the call.
 
     Raises NotImplementedError with the reason where they cannot run it. None: XLA's; but the
-    kernels for whole passes, where they can run it and are `FASTER`, in programs for one GPU.
+    kernels for whole passes, where they can run it and are `FASTER`, in programs for one GPU;
+    mapped or exported ones are XLA's.
     """
-    if name == "xla" or (name is None and not _faster(x)):
+    too_old = jax.__version_info__ < OLDEST_JAX
+    if name == "xla" or (name is None and (too_old or not _faster(x))):
         return _stages.XLA
-    if jax.__version_info__ < OLDEST_JAX:
+    if too_old:
         why = f"jax is {jax.__version__}; expected 0.11 or later"
     else:
         import jax_bn.kernels.mosaic_gpu as mosaic_gpu
@@ -67,10 +70,11 @@ def _faster(x) -> bool:
     """Whether the kernels were measured to be faster for an x like this one, where it is."""
     of_x = x.dtype.name, math.prod(x.shape[:-1]), *x.shape[-1:]
     devices = [device for device, *measured in FASTER if tuple(measured) == of_x]
-    return bool(devices) and _device_kind() in devices  # JAX is not started for another x
+    return bool(devices) and _device_kind() in devices
 
 
 def _device_kind() -> str:
+    """Asked of no other x: it starts JAX, after which `jax.distributed` cannot be initialized."""
     compiled_for = jax.sharding.get_abstract_mesh().abstract_device  # a device that is not here
     return (compiled_for or jax.local_devices()[0]).device_kind
 
@@ -92,7 +96,7 @@ def _stage(or_xla: bool, kernel, definition, static) -> Any:
 
     def stage(*args, **options):
         by_kernel, by_xla = (partial(f, **options) for f in (kernel, definition))
-        either = partial(_platform.on, "cuda", by_kernel, otherwise=by_xla, one_device=True)
+        either = partial(_platform.on, "cuda", by_kernel, otherwise=by_xla, alone=True)
 
         def typed(f, *args):  # a kernel does not say that its results differ between devices
             results, given = f(*args), jax.tree.leaves(args)

@@ -1,14 +1,16 @@
 """`on`: one function for programs of one platform, another that computes the same for all others.
 
-`jax.lax.platform_dependent` says that too, and leaves two conditionals in the program at each call,
-for the compiler to remove. Here the choice is a primitive, lowered to the chosen function and to
-nothing else.
+If asked for, that is so only where the program stands as it is: not mapped, exported, or spread
+over devices by a compiler. `jax.lax.platform_dependent` knows of platforms alone, and leaves two
+conditionals in the program at each call, for the compiler to remove. Here the choice is a
+primitive, lowered to the chosen function and to nothing else.
 
 Knows functions and platforms; what they are good for is the business of `_compiler`.
 """
 
 from collections.abc import Callable
 from functools import partial
+import math
 from typing import Any
 
 import jax
@@ -23,10 +25,11 @@ _on = Primitive("jax_bn_on")
 _on.multiple_results = True
 
 
-def on(platform: str, f: Callable, *args, otherwise: Callable, one_device: bool = False) -> Any:
+def on(platform: str, f: Callable, *args, otherwise: Callable, alone: bool = False) -> Any:
     """f(*args) in programs that are lowered for `platform`, otherwise(*args) in all others.
 
-    With `one_device` only in those that no compiler spreads over devices.
+    With `alone` only as it stands here: in a program that no compiler spreads over devices, not
+    under vmap, and not in a file that another device of the platform may load (`jax.export`).
 
     Where nothing is traced no program is lowered: otherwise(*args). All results depend on all
     arguments, for what JAX knows, so what is linear in some of them should not be mixed with what
@@ -38,42 +41,47 @@ def on(platform: str, f: Callable, *args, otherwise: Callable, one_device: bool 
 
     elsewhere, results = jax.make_jaxpr(otherwise, return_shape=True)(*args)
     here = jax.make_jaxpr(f)(*args)
-    bound = _bind(platform, one_device, here, elsewhere, leaves)
+    bound = _bind(platform, alone, here, elsewhere, leaves)
     return jax.tree.unflatten(jax.tree.structure(results), bound)
 
 
 def partitioned_over(ctx) -> int:
     """How many devices a compiler spreads the program over that is lowered in this context.
 
-    1 inside shard_map and pmap: there each device has a program of its own.
+    1 inside pmap, and inside shard_map over all axes of the mesh: each device has its own program.
     """
-    return getattr(ctx.module_context.axis_context, "num_devices", None) or 1
+    context = ctx.module_context.axis_context
+    if hasattr(context, "manual_axes"):
+        automatic = set(context.mesh.axis_names) - set(context.manual_axes)
+        return math.prod(context.mesh.shape[axis] for axis in automatic)
+    return getattr(context, "num_devices", None) or 1
 
 
-def _bind(platform: str, one_device: bool, here, elsewhere, args) -> list:
+def _bind(platform: str, alone: bool, here, elsewhere, args) -> list:
     types = [[(v.shape, v.dtype) for v in jaxpr.out_avals] for jaxpr in (here, elsewhere)]
     if types[0] != types[1]:
         raise TypeError(f"on {platform} results are {types[0]}; expected {types[1]}, as elsewhere")
-    return _on.bind(*args, platform=platform, one_device=one_device, here=here, elsewhere=elsewhere)
+    return _on.bind(*args, platform=platform, alone=alone, here=here, elsewhere=elsewhere)
 
 
 def _as_function(closed) -> Callable:
     return partial(eval_jaxpr, closed.jaxpr, closed.consts)
 
 
-def _run(*args, platform, one_device, here, elsewhere):
-    del platform, one_device, here
+def _run(*args, platform, alone, here, elsewhere):
+    del platform, alone, here
     return _as_function(elsewhere)(*args)
 
 
-def _results(*avals, platform, one_device, here, elsewhere):
-    del avals, platform, one_device, here
+def _results(*avals, platform, alone, here, elsewhere):
+    del avals, platform, alone, here
     return elsewhere.out_avals
 
 
-def _lowered(ctx, *args, platform, one_device, here, elsewhere, lowered_for=None):
-    spread = one_device and partitioned_over(ctx) > 1
-    chosen = here if platform == lowered_for and not spread else elsewhere
+def _lowered(ctx, *args, platform, alone, here, elsewhere, lowered_for=None):
+    exported = ctx.module_context.lowering_parameters.for_export
+    as_is = not alone or (partitioned_over(ctx) == 1 and not exported)
+    chosen = here if platform == lowered_for and as_is else elsewhere
     # `mlir.lower_fun` does this too, but traces it once more first: a third of what lowering takes.
     module = ctx.module_context
     module = module if ctx.platforms is None else module.replace(platforms=ctx.platforms)
@@ -92,11 +100,12 @@ def _lowered(ctx, *args, platform, one_device, here, elsewhere, lowered_for=None
     return results
 
 
-def _batched(args, dims, *, platform, one_device, here, elsewhere):
+def _batched(args, dims, *, platform, alone, here, elsewhere):
     def mapped(jaxpr):
         return jax.make_jaxpr(jax.vmap(_as_function(jaxpr), in_axes=tuple(dims)))(*args)
 
-    results = _bind(platform, one_device, mapped(here), mapped(elsewhere), args)
+    otherwise = mapped(elsewhere)
+    results = _bind(platform, alone, otherwise if alone else mapped(here), otherwise, args)
     return results, [0] * len(results)
 
 
@@ -107,7 +116,7 @@ def _jvp(primals, tangents, **params):
     return _on.bind(*primals, **params), along
 
 
-def _transposed(cotangents, *args, platform, one_device, here, elsewhere):
+def _transposed(cotangents, *args, platform, alone, here, elsewhere):
     is_linear = [ad.is_undefined_primal(v) for v in args]
     known = [v for v, linear in zip(args, is_linear, strict=True) if not linear]
     avals = [v.aval for v, linear in zip(args, is_linear, strict=True) if linear]
@@ -123,7 +132,7 @@ def _transposed(cotangents, *args, platform, one_device, here, elsewhere):
 
         return jax.make_jaxpr(run)(*given)
 
-    found = iter(_bind(platform, one_device, transposed(here), transposed(elsewhere), given))
+    found = iter(_bind(platform, alone, transposed(here), transposed(elsewhere), given))
     return [next(found) if linear else None for linear in is_linear]
 
 

@@ -160,7 +160,7 @@ def grad_z(dy, kept: Kept, activation, sweep: Sweep):
             return jnp.where(above, dy, 0).astype(narrow)
         return jnp.where(above, dy, sides.slope * dy)
 
-    is_result = kept.y is not None or kept.residual is not None  # the residual's cotangent
+    is_result = kept.y is not None or kept.residual is not None  # its cotangent
     written = is_result and (selects or narrow == kept.mean.dtype)
     return _compiler.once(dz, dy, kept, sweep, written=written)
 

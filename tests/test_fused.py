@@ -292,3 +292,11 @@ def test_an_activation_that_closes_over_a_traced_array_is_refused():
     for f in (jax_bn.batch_norm, lambda x, **options: jax_bn.normalize(x, x[0], x[0], **options)):
         with pytest.raises(TypeError, match=r"activation=.* closes over an array"):
             jax.grad(lambda a, f=f: jnp.sum(f(x, activation=lambda z: z * a)[0]))(2.0)
+
+
+@pytest.mark.parametrize("activation", [None, jax.nn.relu, jax.nn.gelu])
+def test_no_features(activation):
+    x = jnp.zeros((4, 0))
+    f = partial(jax_bn.batch_norm, activation=activation)
+    gradient = jax.grad(lambda x, r: jnp.sum(f(x, residual=r)[0]), (0, 1))(x, x)
+    assert [v.shape for v in gradient] == [(4, 0)] * 2

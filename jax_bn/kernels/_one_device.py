@@ -13,7 +13,7 @@ from jax_bn import _platform
 def on_one_device(v):
     """v, in a program that no compiler spreads over devices; any other is refused when lowered.
 
-    Inside shard_map and pmap each device has a program of its own.
+    Inside pmap, and shard_map over all axes of the mesh, each device has a program of its own.
     """
     return _on_one_device.bind(v)
 
@@ -22,7 +22,8 @@ def _lowered_on_one_device(ctx, v):
     if (devices := _platform.partitioned_over(ctx)) > 1:
         raise NotImplementedError(
             f"implementation: the compiler cannot partition a hand-written kernel over {devices} "
-            "devices. Call batch_norm inside shard_map, with axis_name, or use implementation=None"
+            "devices. Call batch_norm inside shard_map, over all axes of the mesh and with "
+            "axis_name, or use implementation=None"
         )
     return [v]
 

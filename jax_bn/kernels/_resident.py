@@ -22,7 +22,7 @@ place that was read, and leaves from there.
 A run is what a warpgroup has in registers: a group for each of its four warps, of which a thread
 has 8 bytes of one example. So a warp sums over its examples in registers, by shuffles. The sums of
 all warps of the block stand in shared memory, and every warp adds them up: its lanes read a row
-each, and sum by shuffles again. (If each lane read all rows, this would take longer than the rest.)
+each, and sum by shuffles again. (If each lane read all rows, it would take longer than all else.)
 All do it in one order: every thread of a column gets the same bits, and so do two runs. A vector of
 the slab is read straight into this layout, from memory too, and repeated in no memory.
 

@@ -6,7 +6,9 @@ import re
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from benchmarks.compiled import (
@@ -173,9 +175,20 @@ def test_without_a_name_where_the_kernels_were_measured_to_be_faster(fused, for_
     def masked(*args):
         return step(*args, mask=jnp.arange(32)[:, None, None] < 31)
 
+    def mapped(x, *args):
+        return jax.vmap(lambda x: step(x, *args))(x[None])
+
+    def exported(f, types):
+        with seen_by_pallas():
+            return str(jax.export.export(jax.jit(f), platforms=["cuda"])(*types).mlir_module())
+
+    hopper_only = "mosaic_gpu"  # in the name of what is called
     there = arguments((32, 7, 7, 2048), "bfloat16")
     assert passes_in(for_h200(step, *there)) == sorted(PASSES)
-    assert not passes_in(for_h200(step, *there, devices=2))
+    assert hopper_only not in for_h200(step, *there, devices=2).as_text()
+    assert hopper_only not in for_h200(mapped, *there).as_text()
+    assert hopper_only not in exported(step, there)
+    assert hopper_only in exported(partial(step, implementation="mosaic_gpu"), there)
     assert not passes_in(for_h200(masked, *there))
     assert not passes_in(for_h200(partial(step, implementation="xla"), *there))
     assert passes_in(for_h200(partial(step, forward_mode=True), *there)) == ["bn_forward"]
@@ -222,6 +235,28 @@ def test_inside_shard_map(axis_name, kernels, sums, check_vma, for_h200):
     launches = re.findall(r'custom_call_target="mosaic_gpu', compiled.as_text() or "")
     assert len(launches) == kernels
     assert collectives_in(compiled)[0]["all-reduce"] == sums
+
+
+@pytest.mark.parametrize("name", [None, "mosaic_gpu"])
+def test_inside_shard_map_over_some_axes(name, for_h200):
+    """The others are the compiler's: it would gather x for a kernel."""
+    del for_h200  # the compiler is here
+    mesh = jax.sharding.Mesh(np.reshape(described_h200s(4), (2, 2)), ("data", "model"))
+    spec = jax.sharding.PartitionSpec
+    spread = jax.sharding.NamedSharding(mesh, spec("data", None, None, "model"))
+    x = jax.ShapeDtypeStruct((64, 7, 7, 2048), jnp.bfloat16, sharding=spread)
+    mapped = jax.shard_map(
+        lambda x: jax_bn.batch_norm(x, implementation=name)[0],
+        mesh=mesh, in_specs=spec("data"), out_specs=spec("data"), axis_names={"data"},
+    )  # fmt: skip
+    with seen_by_pallas():
+        traced = jax.jit(mapped).trace(x)
+        if name is not None:
+            with pytest.raises(NotImplementedError, match=r"over 2 devices.*over all axes"):
+                traced.lower()
+            return
+        compiled = traced.lower().compile()
+    assert not passes_in(compiled) and not collectives_in(compiled)[0]
 
 
 @pytest.mark.parametrize("axis_name, expected", [("data", ()), (None, PASSES)])

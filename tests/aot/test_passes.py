@@ -16,8 +16,8 @@ import jax_bn
 EARLY, LATE = (256, 56, 56, 64), (256, 14, 14, 1024)  # in a ResNet-50, at batch 256
 
 
-def ours(x, scale, bias, mean, var, activation=None):
-    return jax_bn.batch_norm(x, scale, bias, activation=activation)
+def ours(x, scale, bias, mean, var, **options):
+    return jax_bn.batch_norm(x, scale, bias, **options)
 
 
 def flaxs(x, scale, bias, mean, var, activation=None):
@@ -92,8 +92,11 @@ def test_few_examples_on_an_h200(size, for_h200):
     """Without the two steps of a sum each of these takes 15."""
     x = jax.ShapeDtypeStruct(size, jnp.bfloat16)
     at_most, of_flax = FEW[size]
-    assert counted(ours, for_h200, x)[-1] <= at_most
-    assert counted(partial(ours, activation=jax.nn.relu), for_h200, x)[-1] <= at_most
+    by_xla = partial(ours, implementation="xla")
+    assert at_most - 1 < counted(by_xla, for_h200, x)[-1] <= at_most
+    assert counted(partial(by_xla, activation=jax.nn.relu), for_h200, x)[-1] <= at_most
+    unasked = counted(ours, for_h200, x)[-1]  # at one of them the kernels
+    assert unasked <= (5.05 if size == (32, 7, 7, 2048) else at_most)
     assert counted(flaxs, for_h200, x)[-1] >= of_flax
 
 

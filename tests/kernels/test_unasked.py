@@ -12,10 +12,12 @@ import pytest
 from steps import case, kernels_in
 from tolerance import assert_as_accurate, in_float64
 
+from benchmarks import gpu_programs
 from benchmarks.compiled import seen_by_pallas
 from jax_bn import _implementation, batch_norm
 
 SHAPE = (4, 4, 4, 16)  # fits on the chip
+RESIDUAL = np.ones(SHAPE, np.float32)
 
 
 @pytest.fixture
@@ -59,13 +61,17 @@ def test_other_platforms_get_xlas_stages(measured):
     "options, kernels",
     [
         ({}, {"forward", "backward"}),
+        (
+            dict(residual=np.ones(SHAPE, np.float32), activation=jax.nn.relu),
+            {"forward", "backward"},
+        ),
         (dict(implementation="xla"), set()),
         (dict(mask=np.arange(4)[:, None, None] < 3), set()),
         (dict(activation=jax.nn.gelu), set()),
         (dict(axis=0), set()),
         (dict(dtype="bfloat16"), set()),
     ],
-    ids=["there", "by name", "masked", "gelu", "other features", "another y"],
+    ids=["there", "fused", "by name", "masked", "gelu", "other features", "another y"],
 )
 def test_where_they_can_run(options: dict[str, Any], kernels, measured):
     (x, *_), _, _ = case(SHAPE, "float32")
@@ -80,6 +86,15 @@ def test_not_for_another_shape_or_dtype(measured):
     (x, *_), _, _ = case(SHAPE, "float32")
     for other in (x[:2], x.astype(jnp.bfloat16), x[..., :8]):
         assert not kernels_in(measured, lambda x: batch_norm(x)[0], other)
+
+
+def test_the_benchmark_of_xlas_stages_is_of_these(measured):
+    (x, *_), scale, bias = case(SHAPE, "float32")
+    for name, expected in (("jax_bn", set()), ("jax_bn kernels", {"forward", "backward"})):
+        peer: Any = gpu_programs.peer(name, gpu_programs.AFTER["nothing"])  # of a tuple
+        apply, state = peer.make((x,))
+        found = kernels_in(measured, lambda x: apply((x,), scale, bias, state)[0], x)  # noqa: B023
+        assert found == expected
 
 
 def test_nobody_is_asked_what_the_device_is_for_another_shape(monkeypatch):
