@@ -467,6 +467,15 @@ def test_readme_and_results_say_beside_the_tables_of_the_h200_what_was_measured(
     told = f"take {own[0]:.1f} and {own[1]:.1f} us, where a copy of x takes {copied:.1f}"
     assert told in results_say
 
+    by_cudnn = {
+        (dtype, len(shape))
+        for (dtype, _, shape, _), case in cases.items()
+        if any("cudnn" in name for name, _ in case["torch channels-last"]["kernels"])
+    }
+    assert by_cudnn == {("float32", 4)}
+    beside = [time(c["torch channels-last"]) / time(c[kernels]) for k, c in narrow.items()
+              if k[2] == "step" and k[1] not in gpu_readme.FEW]  # fmt: skip
+    assert f"cuDNN's, {min(beside):.2f} to {max(beside):.2f} times" in results_say
     checks = of_the_h200("2354-h200")["checks"]
     assert len(checks) == 42 and len({tuple(c["shape"]) for c in checks}) == 7
     for check in checks:
