@@ -193,7 +193,7 @@ def batch_normalized(
         axis_index_groups=None if initializing else layer.axis_index_groups,
         virtual_batch_size=None if initializing else own.virtual_batch_size,
         forward_mode=own.forward_mode,
-        implementation=None if initializing else own.implementation,
+        implementation="xla" if initializing else own.implementation,
         **common,
     )
     if not initializing:
