@@ -136,10 +136,9 @@ def batch_norm(
     higher ones and tangents XLA's. Where x stays on the chip, as 2048 examples of 2048 features in
     bfloat16 do, forward and backward are one kernel each; not under `axis_name`, nor the forward
     pass of `batch_renorm`. It runs on one device, under `vmap`, and under `shard_map`; a program
-    that the compiler partitions is refused. None takes XLA's stages; except for 1568
-    examples of 2048 features in bfloat16 in a program for one H200, neither mapped nor exported:
-    there all that was measured took less time with the kernels for whole passes (README, "On GPUs
-    and TPUs").
+    that the compiler partitions is refused. None takes XLA's stages; except for 1568 examples of
+    2048 features in bfloat16 in a program for one H200, neither mapped nor exported: there all that
+    was measured took less time with the kernels for whole passes (README, "On GPUs and TPUs").
 
     Source: "Deriving Batch-Norm Backprop Equations"; Ioffe and Szegedy 2015 for the layer; Chan,
     Golub and LeVeque 1983 for the variance.

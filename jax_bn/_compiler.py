@@ -74,7 +74,7 @@ def once(f: Callable, dy, kept, sweep: Sweep, *, written: bool):
         return f(dy, kept, Sweep.GRAD_SUMS)
 
     def elsewhere(dy, kept):
-        if not written:
+        if not written or sweep == Sweep.GRAD_SUMS:
             return of_its_own(dy, kept)
         if dy.dtype != kept.mean.dtype or dy.size <= FEW * kept.mean.size:
             return on("cuda", of_its_own, dy, kept, otherwise=in_the_same_words)

@@ -112,7 +112,6 @@ class Slab:
         self._columns = pl.ds(lax.axis_index("slab") * cut.columns, cut.columns)
         self._mine = lax.div(cut.boxes - self._warpgroup + WARPGROUPS - 1, WARPGROUPS)
 
-        self._run = (WARPS, cut.together, cut.columns)
         self._layout, self._of_warps = layouts(cut)
         self._of_vectors = self._layout.reduce((0, 1))
 
@@ -145,7 +144,7 @@ class Slab:
         terms :: runs of the arrays, of each of the vectors -> so many runs; all in float32
         """
         vectors = tuple(map(self._along_a_run, vectors))
-        group = plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, self._run, 0), self._layout)
+        group = plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, self._cut.run, 0), self._layout)
 
         def one_run(i, j, values, totals):
             values = terms(*values, *vectors)
@@ -154,7 +153,7 @@ class Slab:
                 values = [jnp.where(inside, v, 0) for v in values]
             return tuple(t + v for t, v in zip(totals, values, strict=True))
 
-        nothing = plgpu.layout_cast(jnp.zeros(self._run, jnp.float32), self._layout)
+        nothing = plgpu.layout_cast(jnp.zeros(self._cut.run, jnp.float32), self._layout)
         totals = self._sweep(one_run, (nothing,) * sums, arrays)
 
         first, self._summed = self._summed, self._summed + sums  # where no other one still reads
@@ -223,7 +222,7 @@ class Slab:
 
     def _along_a_run(self, v):
         """:: [columns] -> a run"""
-        return plgpu.layout_cast(lax.broadcast_in_dim(v, self._run, (2,)), self._layout)
+        return plgpu.layout_cast(lax.broadcast_in_dim(v, self._cut.run, (2,)), self._layout)
 
     def _first_group(self, i):
         """Of the i-th of my boxes."""

@@ -29,6 +29,11 @@ class Cut(NamedTuple):
     box: int  # groups of a box
 
     @property
+    def run(self) -> tuple[int, int, int]:
+        """What a warpgroup has in registers."""
+        return WARPS, self.together, self.columns
+
+    @property
     def boxes(self) -> int:
         """Of each slab."""
         return -(-self.groups // self.box)
@@ -73,7 +78,7 @@ def layouts(cut: Cut):
     dimensions, so that without the examples both are laid out alike.
     """
     own = cut.together * cut.columns // LANES  # numbers that a thread has of a run
-    run, all_warps = (WARPS, cut.together, cut.columns), (plgpu.Replicated(WARPS),)
+    run, all_warps = cut.run, (plgpu.Replicated(WARPS),)
     tiled, tiling = partial(plgpu.Layout.TILED, vector_dim=-1), plgpu.Tiling
     if cut.together <= WARPS:
         rows = (cut.together, cut.columns)

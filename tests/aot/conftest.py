@@ -35,11 +35,14 @@ def for_h200(request):
 
 @pytest.fixture(scope="session")
 def for_v5e(request):
-    needs_compiler("tpu", request)
-    return lambda f, *shapes: compile_for_tpu(f, "v5e:2x2", *shapes)
+    return compiler_for(request, "v5e:2x2")
 
 
 @pytest.fixture(scope="session", params=["v5e:2x2", "v5p:2x2x1", "v6e:2x2"])
 def for_tpu(request):
+    return compiler_for(request, request.param)
+
+
+def compiler_for(request, topology):
     needs_compiler("tpu", request)
-    return lambda f, *shapes: compile_for_tpu(f, request.param, *shapes)
+    return lambda f, *shapes: compile_for_tpu(f, topology, *shapes)
