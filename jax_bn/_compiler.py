@@ -8,6 +8,7 @@ count what it is worth.
 from collections.abc import Callable, Sequence
 from enum import IntEnum
 from functools import partial
+import math
 
 import jax
 from jax import lax
@@ -19,6 +20,7 @@ from jax_bn._platform import on
 Axes = Sequence[int]
 
 FEW = 4096  # terms of a sum that XLA:GPU does not split, see `sum_over`
+NEAR = 8  # the largest mean^2/var that needs no shift: log2(1 + 8) bits, see `shifted_if_far`
 
 
 class Sweep(IntEnum):
@@ -178,6 +180,43 @@ def sum_both(terms: Callable, inputs, axes: Axes):
 
     complex_already = any(map(jnp.iscomplexobj, jax.tree.leaves(inputs)))
     return in_turn(*inputs) if complex_already else on("cuda", as_one, *inputs, otherwise=in_turn)
+
+
+def shifted_if_far(sums: Callable, x, shift):
+    """shift, and sums(x, shift): of x - shift, and of its square. On CPUs mostly a shift of 0.
+
+    XLA:CPU has sums of x and of x^2 from a library, and feeds those of x - shift to it piece by
+    piece. So x itself is summed there; then, if a feature is so far from 0 that the variance has
+    lost more than three bits, x - shift. Not where x is small: its sums take no time, but a
+    conditional has to be compiled. Nor where few examples leave mean^2/var to chance. A sum of x^2
+    may overflow where that of (x - shift)^2 does not.
+    """
+    n = x.size // max(shift.size, 1)
+
+    def shifted(x, shift):
+        return shift, *sums(x, shift)
+
+    def if_far(x, shift):
+        s, squares = sums(x, None)
+        of_mean = jnp.square(s / math.sqrt(n))  # n*mean^2
+        m2 = squares - of_mean
+        near = jnp.all((of_mean <= NEAR * m2) & (m2 < jnp.inf))
+
+        def as_they_are(x, shift, *direct):
+            del x, shift
+            return direct
+
+        def anew(x, shift, *direct):
+            del direct
+            return sums(x, shift)
+
+        s, squares = lax.cond(near, as_they_are, anew, x, shift, s, squares)
+        return jnp.where(near, 0, shift), s, squares
+
+    small = x.size < 2**16 or n < 32
+    if small or any(_shapes.shards(x, a) > 1 for a in range(x.ndim)):
+        return shifted(x, shift)
+    return on("cpu", if_far, x, shift, otherwise=shifted, alone=True)
 
 
 def _as_it_is(v):

@@ -73,8 +73,9 @@ def moments(x, mask, *, axes: Axes, dtype):
     mean = shift + offset, not yet added: the sum rounds at the size of the mean, and to compare the
     means of two devices takes what that loses. m2 = sum |x - mean|^2.
 
-    One sweep: sums of d = x - shift and of |d|^2, with a shift close to the mean, so that the
-    difference in m2 cancels next to nothing (Chan, Golub, LeVeque 1983):
+    One sweep: sums of d = x - shift and of |d|^2, with a shift so close to the mean (or none, where
+    that is close to 0) that the difference in m2 cancels next to nothing (Chan, Golub, LeVeque
+    1983):
 
         offset = sum(d)/count        m2 = sum |d|^2 - |sum(d)/sqrt(count)|^2
 
@@ -85,12 +86,20 @@ def moments(x, mask, *, axes: Axes, dtype):
     n = jnp.maximum(count, 1)
     shift = lax.stop_gradient(_shift(x, mask, n, axes, dtype))  # no result depends on it
 
-    def d(x, shift):
-        return _select(mask, x.astype(dtype) - shift)
+    def sums(x, shift):
+        def d(x, shift):
+            x = x.astype(dtype)
+            return _select(mask, x if shift is None else x - shift)
 
-    s = _compiler.sum_over(d(x, shift), axes)
-    m2 = _compiler.sum_over(_abs2(d(*_compiler.apart((x, shift), Sweep.M2))), axes)
-    m2 = m2 - _abs2(s / jnp.sqrt(n).astype(dtype))
+        s = _compiler.sum_over(d(x, shift), axes)
+        again = _compiler.apart((x, shift), Sweep.M2)
+        return s, _compiler.sum_over(_abs2(d(*again)), axes)
+
+    if mask is None and not jnp.iscomplexobj(x):
+        shift, s, squares = _compiler.shifted_if_far(sums, x, shift)
+    else:
+        s, squares = sums(x, shift)
+    m2 = squares - _abs2(s / jnp.sqrt(n).astype(dtype))
     return count, shift, s / n.astype(dtype), jnp.where(m2 < 0, 0, m2)
 
 

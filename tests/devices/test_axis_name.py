@@ -286,6 +286,21 @@ def test_devices_far_apart_do_not_cancel(mode, devices):
     )
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_large_shares_near_0_and_far_from_it(mode, devices):
+    """On a CPU each device shifts its x if that is far from 0: `_compiler.shifted_if_far`."""
+    x = np.random.default_rng(0).normal(size=(8, 2**16 // C, C)) + 5 * np.arange(8)[:, None, None]
+    x = np.asarray(x, np.float32)
+    mapped = MODES[mode](partial(share, OURS), devices, VARYING)
+    _, (y, mean, var, _) = mapped(x, None, None, None)
+    exact = x.reshape(-1, C).astype(np.float64)
+    eps = float(np.finfo(np.float32).eps)
+    np.testing.assert_allclose(mean.reshape(-1, C)[0], exact.mean(0), rtol=4 * eps, atol=0)
+    np.testing.assert_allclose(var.reshape(-1, C)[0], exact.var(0), rtol=8 * eps, atol=0)
+    x_hat = (exact - exact.mean(0)) / np.sqrt(exact.var(0) + 1e-5)
+    np.testing.assert_allclose(y.reshape(-1, C), x_hat, rtol=0, atol=16 * eps)
+
+
 def test_unmapped_statistics_of_vmap():
     """Statistics of all examples belong to none: `out_axes=None` takes them, as for Flax."""
     x, valid, scale, bias = arrays(masked=True)
