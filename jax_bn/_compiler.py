@@ -19,7 +19,9 @@ from jax_bn._platform import on
 
 Axes = Sequence[int]
 
-FEW = 4096  # terms of a sum that XLA:GPU does not split, see `sum_over`
+LARGE = 2**16  # numbers from which on a sum on a CPU takes longer than a conditional
+ROW = 128  # numbers in a row, see `sum_of`
+FEW = 4096  # terms that XLA:GPU does not split, and XLA:CPU sums without its library
 NEAR = 8  # the largest mean^2/var that needs no shift: log2(1 + 8) bits, see `shifted_if_far`
 
 
@@ -163,6 +165,40 @@ def sum_over(v, axes: Axes):
     return on("cuda", in_two_steps, v, otherwise=at_once)
 
 
+def sum_of(f: Callable, inputs: tuple, axes: Axes):
+    """Sum over axes of f(*inputs), which is elementwise; on CPUs, of few features, in long rows.
+
+    XLA:CPU works along the last axis. Where that is short, a sum takes many times as long as memory
+    does, and one of x - mean longer still. So x is read in rows of k examples, as it lies there.
+    Each column is summed, every k-th example of a feature; then the k sums of a feature.
+    """
+    arrays = jax.tree.leaves(inputs)
+    shape = jnp.broadcast_shapes(*(v.shape for v in arrays))
+    features = tuple(1 if a in axes else size for a, size in enumerate(shape))
+    n, width = _shapes.size(shape, axes), math.prod(features)
+
+    def as_they_lie(*inputs):
+        return sum_over(f(*inputs), axes)
+
+    def in_rows(*inputs):
+        def rows(v):
+            if v.shape == shape:
+                return lax.optimization_barrier(v.reshape(n // k, k * width))
+            return jnp.tile(v.reshape(1, -1), k if v.shape == features else 1)
+
+        s = lax.optimization_barrier(jnp.sum(f(*jax.tree.map(rows, inputs)), 0))
+        return jnp.sum(s.reshape(k, width), 0).reshape(features)
+
+    few = 0 < width <= ROW // 8 and n * width >= FEW
+    last = tuple(axes) == tuple(range(len(axes)))  # the axes of the features
+    masked = any(v.shape not in (shape, features) and v.size > 1 for v in arrays)
+    sharded = any(_shapes.shards(v, a) > 1 for v in arrays for a in range(v.ndim))
+    if not few or not last or masked or sharded:
+        return as_they_lie(*inputs)
+    k = max(k for k in range(1, ROW // width + 1) if n % k == 0)
+    return on("cpu", in_rows, *inputs, otherwise=as_they_lie, alone=True)
+
+
 def sum_both(terms: Callable, inputs, axes: Axes):
     """The sums of the two arrays that `terms(*inputs)` yields, as the platform likes it best.
 
@@ -176,7 +212,8 @@ def sum_both(terms: Callable, inputs, axes: Axes):
 
     def in_turn(*inputs):
         again = apart(inputs, Sweep.GRAD_SUMS)
-        return sum_over(terms(*inputs)[0], axes), sum_over(terms(*again)[1], axes)
+        first, second = (lambda *inputs, i=i: terms(*inputs)[i] for i in (0, 1))
+        return sum_of(first, inputs, axes), sum_of(second, again, axes)
 
     complex_already = any(map(jnp.iscomplexobj, jax.tree.leaves(inputs)))
     return in_turn(*inputs) if complex_already else on("cuda", as_one, *inputs, otherwise=in_turn)
@@ -213,8 +250,7 @@ def shifted_if_far(sums: Callable, x, shift):
         s, squares = lax.cond(near, as_they_are, anew, x, shift, s, squares)
         return jnp.where(near, 0, shift), s, squares
 
-    small = x.size < 2**16 or n < 32
-    if small or any(_shapes.shards(x, a) > 1 for a in range(x.ndim)):
+    if x.size < LARGE or n < 32 or any(_shapes.shards(x, a) > 1 for a in range(x.ndim)):
         return shifted(x, shift)
     return on("cpu", if_far, x, shift, otherwise=shifted, alone=True)
 

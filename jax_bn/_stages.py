@@ -86,19 +86,19 @@ def moments(x, mask, *, axes: Axes, dtype):
     n = jnp.maximum(count, 1)
     shift = lax.stop_gradient(_shift(x, mask, n, axes, dtype))  # no result depends on it
 
-    def sums(x, shift):
-        def d(x, shift):
-            x = x.astype(dtype)
-            return _select(mask, x if shift is None else x - shift)
+    def d(x, shift, mask):
+        x = x.astype(dtype)
+        return _select(mask, x if shift is None else x - shift)
 
-        s = _compiler.sum_over(d(x, shift), axes)
-        again = _compiler.apart((x, shift), Sweep.M2)
-        return s, _compiler.sum_over(_abs2(d(*again)), axes)
+    def sums(x, shift, mask=None):
+        again = _compiler.apart((x, shift, mask), Sweep.M2)
+        s = _compiler.sum_of(d, (x, shift, mask), axes)
+        return s, _compiler.sum_of(lambda *v: _abs2(d(*v)), again, axes)
 
     if mask is None and not jnp.iscomplexobj(x):
         shift, s, squares = _compiler.shifted_if_far(sums, x, shift)
     else:
-        s, squares = sums(x, shift)
+        s, squares = sums(x, shift, mask)
     m2 = squares - _abs2(s / jnp.sqrt(n).astype(dtype))
     return count, shift, s / n.astype(dtype), jnp.where(m2 < 0, 0, m2)
 
