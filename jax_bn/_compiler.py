@@ -13,6 +13,7 @@ import math
 import jax
 from jax import lax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_bn import _shapes
 from jax_bn._platform import on
@@ -173,7 +174,7 @@ def sum_of(f: Callable, inputs: tuple, axes: Axes):
     Each column is summed, every k-th example of a feature; then the k sums of a feature.
     """
     arrays = jax.tree.leaves(inputs)
-    shape = jnp.broadcast_shapes(*(v.shape for v in arrays))
+    shape = np.broadcast_shapes(*(v.shape for v in arrays))
     features = tuple(1 if a in axes else size for a, size in enumerate(shape))
     n, width = _shapes.size(shape, axes), math.prod(features)
 
