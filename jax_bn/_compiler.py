@@ -22,7 +22,7 @@ Axes = Sequence[int]
 
 LARGE = 2**16  # numbers from which on a sum on a CPU takes longer than a conditional
 ROW = 128  # numbers in a row, see `sum_of`
-FEW = 4096  # terms that XLA:GPU does not split, and XLA:CPU sums without its library
+FEW = 4096  # terms that XLA:GPU does not split, numbers that XLA:CPU sums without its library
 NEAR = 8  # the largest mean^2/var that needs no shift: log2(1 + 8) bits, see `shifted_if_far`
 
 
@@ -48,7 +48,8 @@ def apart(v, sweep: Sweep):
     XLA:CPU takes a sum over columns together with the casts and products under it, unless these
     have a second user: then it writes them out, in float32 and whole. So no two sweeps may share
     them. The barriers stand before each array for itself: one over several makes them vary alike
-    between devices, and all tangents if one is.
+    between devices, and all tangents if one is. In small arrays there is nothing to gain, and each
+    barrier makes more to compile.
     """
 
     def behind(v):
@@ -56,6 +57,8 @@ def apart(v, sweep: Sweep):
             v = lax.optimization_barrier(v)
         return v
 
+    if max((leaf.size for leaf in jax.tree.leaves(v)), default=0) < FEW:
+        return v
     return jax.tree.map(partial(on, "cpu", behind, otherwise=_as_it_is), v)
 
 
