@@ -20,9 +20,11 @@ from jax_bn._platform import on
 
 Axes = Sequence[int]
 
-LARGE = 2**16  # numbers from which on a sum on a CPU takes longer than a conditional
-ROW = 128  # numbers in a row, see `sum_of`
-FEW = 4096  # terms that XLA:GPU does not split, numbers that XLA:CPU sums without its library
+SMALL = 2**12  # numbers that XLA:CPU sums without its library
+LARGE = 2**16  # numbers that a CPU sums in more time than a conditional takes
+NARROW, ROW = 16, 128  # features, and numbers in a row of several examples, see `sum_of`
+FEW = 2**12  # terms of a sum that XLA:GPU does not split, see `sum_over`
+MANY = 32  # examples, whose mean is close to 0 if the one they are drawn from is
 NEAR = 8  # the largest mean^2/var that needs no shift: log2(1 + 8) bits, see `shifted_if_far`
 
 
@@ -48,8 +50,8 @@ def apart(v, sweep: Sweep):
     XLA:CPU takes a sum over columns together with the casts and products under it, unless these
     have a second user: then it writes them out, in float32 and whole. So no two sweeps may share
     them. The barriers stand before each array for itself: one over several makes them vary alike
-    between devices, and all tangents if one is. In small arrays there is nothing to gain, and each
-    barrier makes more to compile.
+    between devices, and all tangents if one is. A program that is small as it stands has nothing to
+    gain, and is compiled sooner without.
     """
 
     def behind(v):
@@ -57,9 +59,10 @@ def apart(v, sweep: Sweep):
             v = lax.optimization_barrier(v)
         return v
 
-    if max((leaf.size for leaf in jax.tree.leaves(v)), default=0) < FEW:
-        return v
-    return jax.tree.map(partial(on, "cpu", behind, otherwise=_as_it_is), v)
+    told = partial(on, "cpu", behind, otherwise=_as_it_is)
+    if all(isinstance(leaf.size, int) and leaf.size < SMALL for leaf in jax.tree.leaves(v)):
+        told = partial(on, "cpu", _as_it_is, otherwise=told, alone=True)
+    return jax.tree.map(told, v)
 
 
 def once(f: Callable, dy, kept, sweep: Sweep, *, written: bool):
@@ -173,8 +176,9 @@ def sum_of(f: Callable, inputs: tuple, axes: Axes):
     """Sum over axes of f(*inputs), which is elementwise; on CPUs, of few features, in long rows.
 
     XLA:CPU works along the last axis. Where that is short, a sum takes many times as long as memory
-    does, and one of x - mean longer still. So x is read in rows of k examples, as it lies there.
-    Each column is summed, every k-th example of a feature; then the k sums of a feature.
+    does, and one of x - mean longer still. So x is read in rows of k examples, as it lies there, if
+    their number n has a divisor k that makes a long row. Each column is summed, every k-th example
+    of a feature; then the k sums of a feature.
     """
     arrays = jax.tree.leaves(inputs)
     shape = np.broadcast_shapes(*(v.shape for v in arrays))
@@ -193,13 +197,14 @@ def sum_of(f: Callable, inputs: tuple, axes: Axes):
         s = lax.optimization_barrier(jnp.sum(f(*jax.tree.map(rows, inputs)), 0))
         return jnp.sum(s.reshape(k, width), 0).reshape(features)
 
-    few = 0 < width <= ROW // 8 and n * width >= FEW
-    last = tuple(axes) == tuple(range(len(axes)))  # the axes of the features
-    masked = any(v.shape not in (shape, features) and v.size > 1 for v in arrays)
-    sharded = any(_shapes.shards(v, a) > 1 for v in arrays for a in range(v.ndim))
-    if not few or not last or masked or sharded:
+    narrow = 0 < width <= NARROW and n * width >= SMALL
+    features_last = tuple(axes) == tuple(range(len(axes)))
+    others = any(v.shape not in (shape, features) and v.size > 1 for v in arrays)  # as some masks
+    if not narrow or not features_last or others or any(map(_shapes.named, arrays)):
         return as_they_lie(*inputs)
     k = max(k for k in range(1, ROW // width + 1) if n % k == 0)
+    if k * width < ROW // 2:
+        return as_they_lie(*inputs)
     return on("cpu", in_rows, *inputs, otherwise=as_they_lie, alone=True)
 
 
@@ -216,15 +221,16 @@ def sum_both(terms: Callable, inputs, axes: Axes):
 
     def in_turn(*inputs):
         again = apart(inputs, Sweep.GRAD_SUMS)
-        first, second = (lambda *inputs, i=i: terms(*inputs)[i] for i in (0, 1))
-        return sum_of(first, inputs, axes), sum_of(second, again, axes)
+        s = sum_of(lambda *inputs: terms(*inputs)[0], inputs, axes)
+        return s, sum_of(lambda *inputs: terms(*inputs)[1], again, axes)
 
     complex_already = any(map(jnp.iscomplexobj, jax.tree.leaves(inputs)))
     return in_turn(*inputs) if complex_already else on("cuda", as_one, *inputs, otherwise=in_turn)
 
 
 def shifted_if_far(sums: Callable, x, shift):
-    """shift, and sums(x, shift): of x - shift, and of its square. On CPUs mostly a shift of 0.
+    """shift, and sums(x, shift): of x - shift, and of its square. On CPUs mostly a shift of 0,
+    for which `sums` is given None.
 
     XLA:CPU has sums of x and of x^2 from a library, and feeds those of x - shift to it piece by
     piece. So x itself is summed there; then, if a feature is so far from 0 that the variance has
@@ -254,7 +260,7 @@ def shifted_if_far(sums: Callable, x, shift):
         s, squares = lax.cond(near, as_they_are, anew, x, shift, s, squares)
         return jnp.where(near, 0, shift), s, squares
 
-    if x.size < LARGE or n < 32 or any(_shapes.shards(x, a) > 1 for a in range(x.ndim)):
+    if x.size < LARGE or n < MANY or _shapes.named(x):
         return shifted(x, shift)
     return on("cpu", if_far, x, shift, otherwise=shifted, alone=True)
 

@@ -69,6 +69,11 @@ def shards(x: jax.Array, axis: int) -> int:
     )
 
 
+def named(x: jax.Array) -> bool:
+    """Whether x's type names mesh axes, of any length: an array that only some reshapes are for."""
+    return any(names is not None for names in jax.typeof(x).sharding.spec)
+
+
 def aligned_mask(mask: jax.Array, shape: Sequence[int], features: tuple[int, ...]) -> jax.Array:
     """`mask` as a bool array of x's rank. :: bool[N] or anything that broadcasts to x -> bool[N, 1]
 

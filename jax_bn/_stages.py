@@ -90,15 +90,15 @@ def moments(x, mask, *, axes: Axes, dtype):
         x = x.astype(dtype)
         return _select(mask, x if shift is None else x - shift)
 
-    def sums(x, shift, mask=None):
+    def sums(mask, x, shift):
         again = _compiler.apart((x, shift, mask), Sweep.M2)
         s = _compiler.sum_of(d, (x, shift, mask), axes)
         return s, _compiler.sum_of(lambda *v: _abs2(d(*v)), again, axes)
 
     if mask is None and not jnp.iscomplexobj(x):
-        shift, s, squares = _compiler.shifted_if_far(sums, x, shift)
+        shift, s, squares = _compiler.shifted_if_far(partial(sums, None), x, shift)
     else:
-        s, squares = sums(x, shift, mask)
+        s, squares = sums(mask, x, shift)
     m2 = squares - _abs2(s / jnp.sqrt(n).astype(dtype))
     return count, shift, s / n.astype(dtype), jnp.where(m2 < 0, 0, m2)
 

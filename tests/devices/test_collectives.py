@@ -208,3 +208,19 @@ def test_virtual_batches_across_explicit_shards_are_refused(devices):
         jax.jit(partial(jax_bn.batch_norm, virtual_batch_size=8))(x)
         with pytest.raises(ValueError, match=r"virtual_batch_size=16 .* expected a divisor of 8"):
             jax.jit(partial(jax_bn.batch_norm, virtual_batch_size=16))(x)
+
+
+@pytest.mark.parametrize("spec", [P("a"), P("b"), P(None, "a"), P(None, "b"), P("a", "b")])
+@pytest.mark.parametrize("features", [2, 8])
+def test_few_features_over_explicit_axes_of_length_1(features, spec, devices):
+    """Such an array is whole, and its type still says how it lies: it cannot be read in rows."""
+    mesh = jax.make_mesh((1, 2), ("a", "b"), (AxisType.Explicit,) * 2, devices=devices[:2])
+    x = np.random.default_rng(0).normal(size=(2**16, features)).astype("float32")
+
+    def gradient(x):
+        return jax.grad(lambda x: jnp.sum(jnp.sin(jax_bn.batch_norm(x)[0])))(x)
+
+    expected = gradient(x)
+    with jax.set_mesh(mesh):
+        found = jax.jit(gradient)(jax.device_put(x, NamedSharding(mesh, spec)))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
