@@ -33,11 +33,13 @@ class Peer(NamedTuple):
             weighs the running averages before it.
         needs: the module to import; what is not installed is reported, with the reason.
         fused: whether relu and residual are its own: then it normalizes only where these are.
+        masks: whether its function takes `mask=`, which broadcasts to x.
     """
 
     make: Callable[..., tuple[Apply, Any]]
     needs: str = "jax"
     fused: bool = False
+    masks: bool = False
 
 
 def averages(x) -> tuple[jax.Array, jax.Array]:
@@ -46,9 +48,9 @@ def averages(x) -> tuple[jax.Array, jax.Array]:
 
 
 def _ours(x, fused=False, momentum=MOMENTUM):
-    def apply(x, scale, bias, state):
+    def apply(x, scale, bias, state, mask=None):
         own: dict[str, Any] = dict(residual=x, activation=jax.nn.relu) if fused else {}
-        y, stats = jax_bn.batch_norm(x, scale, bias, **own)
+        y, stats = jax_bn.batch_norm(x, scale, bias, mask=mask, **own)
         mean, var = state
         return y, jax_bn.update_running_stats(mean, var, stats, momentum=momentum)
 
@@ -56,8 +58,8 @@ def _ours(x, fused=False, momentum=MOMENTUM):
 
 
 def _definition(x, momentum=MOMENTUM):
-    def apply(x, scale, bias, state):
-        y, now = reference.batch_norm(x, scale, bias)
+    def apply(x, scale, bias, state, mask=None):
+        y, now = reference.batch_norm(x, scale, bias, mask=mask)
         updated = (momentum * a + (1 - momentum) * b for a, b in zip(state, now[:2], strict=True))
         return y, tuple(updated)
 
@@ -69,9 +71,9 @@ def _linen(x, momentum=MOMENTUM, **fields):
 
     layer = linen.BatchNorm(use_running_average=False, momentum=momentum, dtype=x.dtype, **fields)
 
-    def apply(x, scale, bias, state):
+    def apply(x, scale, bias, state, mask=None):
         variables = {"params": {"scale": scale, "bias": bias}, "batch_stats": state}
-        y, updated = layer.apply(variables, x, mutable="batch_stats")
+        y, updated = layer.apply(variables, x, mask=mask, mutable="batch_stats")
         return y, updated["batch_stats"]
 
     return apply, _named_averages(x)
@@ -87,11 +89,11 @@ def _nnx(x, momentum=MOMENTUM):
     made = nnx.BatchNorm(x.shape[-1], momentum=momentum, dtype=x.dtype, rngs=nnx.Rngs(0))
     graph, _ = nnx.split(made)
 
-    def apply(x, scale, bias, state):
+    def apply(x, scale, bias, state, mask=None):
         params = {"scale": nnx.Param(scale), "bias": nnx.Param(bias)}
         stats = {name: nnx.BatchStat(value) for name, value in state.items()}
         layer = nnx.merge(graph, nnx.State(params | stats))
-        y = layer(x)
+        y = layer(x, mask=mask)
         return y, {name: getattr(layer, name)[...] for name in state}
 
     return apply, _named_averages(x)
@@ -134,13 +136,13 @@ def _equinox(x, momentum=MOMENTUM):
 
 
 PEERS = {
-    OURS: Peer(_ours),
-    FUSED: Peer(partial(_ours, fused=True), fused=True),
-    FLAX: Peer(_linen, "flax"),
-    NNX: Peer(_nnx, "flax"),
+    OURS: Peer(_ours, masks=True),
+    FUSED: Peer(partial(_ours, fused=True), fused=True, masks=True),
+    FLAX: Peer(_linen, "flax", masks=True),
+    NNX: Peer(_nnx, "flax", masks=True),
     "haiku": Peer(_haiku, "haiku"),
     "equinox": Peer(_equinox, "equinox"),
-    "definition": Peer(_definition),
+    "definition": Peer(_definition, masks=True),
 }
 
 

@@ -24,7 +24,7 @@ def section(result: dict, path: Path) -> str:
     ]
     for measure in TITLES:
         rows = [r for r in result["times"] if r["measure"] == measure]
-        if rows and measure in ("step", "far", "network", "resnet"):
+        if rows and measure in ("step", "masked", "network", "resnet"):
             parts.append(f"{TITLES[measure]}:\n\n{_ratios(rows)}")
     parts.append(_wins_and_losses(result))
     if gone := result["missing"]:

@@ -11,7 +11,7 @@ TITLES = {
     "forward": "Forward",
     "backward": "Backward alone",
     "step": "Step: forward and backward in one program",
-    "far": "Step, of means 5 standard deviations from 0",
+    "masked": "Step, every fifth example masked",
     "network": "Network: four times relu(bn(x) + x), gradients, one program",
     "resnet": "Training step of a small ResNet; x: its images",
 }

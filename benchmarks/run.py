@@ -120,7 +120,7 @@ def _tasks(args, result, effort, small):
         result["residuals"] += counters.residuals(case[0], case[1], args.implementations)
 
     def h200(some):
-        what = ("step",) if args.quick else [m for m in measure.MEASURES if m != "far"]
+        what = ("step",) if args.quick else [m for m in measure.MEASURES if m != "masked"]
         result["h200"] = counters.h200(some, what, args.implementations)
 
     def collectives():
@@ -150,8 +150,7 @@ def _tasks(args, result, effort, small):
                 made["data"] = measure.inputs(*case)
             return made["data"]
 
-        here = [m for m in measure.MEASURES if m != "far" or jax.default_backend() == "cpu"]
-        for what in (m for m in here if m in args.only):
+        for what in (m for m in measure.MEASURES if m in args.only):
             yield f"{what} {label}", partial(collect, partial(measured, what, case, data))
         yield f"free {label}", made.clear
         if "counters" in args.only:

@@ -4,6 +4,7 @@ Ours and Flax's alone, since it is how they grow that is compared.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 import math
 import os
 from typing import Any
@@ -12,11 +13,12 @@ import jax
 
 from benchmarks.counters import residuals
 from benchmarks.measure import functions, inputs, measured, row
-from benchmarks.peers import FLAX, OURS, PEERS, loose, why_missing
+from benchmarks.peers import FLAX, OURS, PEERS, Peer, loose, why_missing
 from benchmarks.timing import Effort, Program, time_all
 
 FEATURES = 64  # while the elements grow
 SMALL = (64, 32)  # the shape at which the call costs more than the work
+LARGE = (32, 28, 28, 128)  # and one that is compiled to more
 ARRAYS = 16  # of x's size, at most alive at once
 
 
@@ -51,28 +53,27 @@ def scaling(
 
 def overhead(names: list[str], effort: Effort) -> dict[str, Any]:
     """Seconds to trace, to compile, and to call what does next to no work."""
-    data = inputs(SMALL, "float32")
-    (x, dy), scale, bias = data.pairs[0], data.scale, data.bias
+    compile_large = f"compile {'x'.join(map(str, LARGE))}"
     programs: dict[str, dict[str, Program]] = {
-        name: {} for name in ("trace", "compile", "eager forward", "eager step",
+        name: {} for name in ("trace", "compile", compile_large, "eager forward", "eager step",
                               "jitted forward", "jitted step")
     }  # fmt: skip
     missing = {name: why for name in names if (why := why_missing(name))}
     with loose():
         for name in (n for n in names if n not in missing):
-            peer = PEERS[name]
-            apply, state = peer.make(x)
-            fs = functions(peer, apply)
-            args = x, dy, scale, bias, state
+            fs, args = _step(PEERS[name], SMALL)
+            x, _, scale, bias, state = args
+            large = _step(PEERS[name], LARGE)
 
             def trace(step=fs["step"], args=args):
                 return _anew(step).trace(*args)
 
-            def compile_(step=fs["step"], args=args):
-                return _anew(step).lower(*args).compile()
+            def compile_(fs, args):
+                return _anew(fs["step"]).lower(*args).compile()
 
             programs["trace"][name] = Program(trace, wait=bool)
-            programs["compile"][name] = Program(compile_, wait=bool)
+            programs["compile"][name] = Program(partial(compile_, fs, args), wait=bool)
+            programs[compile_large][name] = Program(partial(compile_, *large), wait=bool)
             for how, wrap in (("eager", lambda f: f), ("jitted", jax.jit)):
                 forward, step = wrap(fs["forward"]), wrap(fs["step"])
                 programs[f"{how} forward"][name] = Program(forward, [(x, scale, bias, state)])
@@ -84,6 +85,13 @@ def overhead(names: list[str], effort: Effort) -> dict[str, Any]:
             left_out += [dict(measure=what, implementation=n, reason=r) for n, r in failed.items()]
     left_out += [dict(measure="overhead", implementation=n, reason=r) for n, r in missing.items()]
     return dict(shape=list(SMALL), rows=rows, not_measured=left_out)
+
+
+def _step(peer: Peer, shape: tuple[int, ...]) -> tuple[dict[str, Callable], tuple]:
+    """The measures as functions, and the arguments of a step."""
+    data = inputs(shape, "float32")
+    apply, state = peer.make(data.x)
+    return functions(peer, apply), (*data.pairs[0], data.scale, data.bias, state)
 
 
 def _anew(f: Callable) -> Any:

@@ -99,13 +99,10 @@ def batch_norm(
     no special order k is within a few std of the mean, wherever the mean is: unlike E[x^2] -
     E[x]^2, whose error grows with (mean/std)^2. At worst, where two of the first three are the only
     outliers, it is sqrt(N/2) std away. With a mask, with complex x, and where x's type says that
-    its batch axis is sharded, k is the mean itself, for a second sweep. On CPUs k is 0 if
-    (k - mean)^2/var is then at most 8 for every feature, else as said, for a second sweep; that is
-    so for x of 2^16 numbers and 32 examples a feature or more, in programs for one device (each
-    one's own under `shard_map` and `pmap`), not under `vmap` and not in exported ones. y and dx
-    err, beyond a few ulps, by half the relative error of the variance and by eps(T)*|mean|/std, the
-    rounding of the mean itself. Derivatives of second order by x in a narrower dtype have a few
-    roundings to that dtype: JAX adds cotangents in it.
+    its batch axis is sharded, k is the mean itself, for a second sweep. y and dx err, beyond a few
+    ulps, by half the relative error of the variance and by eps(T)*|mean|/std, the rounding of the
+    mean itself. Derivatives of second order by x in a narrower dtype have a few roundings to that
+    dtype: JAX adds cotangents in it.
 
     Differentiable in x, scale, bias and residual, in y and in the statistics: reverse mode to any
     order, and forward over reverse (`jax.hessian`), exact. Forward mode of the function itself

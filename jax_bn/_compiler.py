@@ -7,7 +7,7 @@ count what it is worth.
 
 from collections.abc import Callable, Sequence
 from enum import IntEnum
-from functools import partial
+from functools import partial, reduce
 import math
 
 import jax
@@ -21,11 +21,10 @@ from jax_bn._platform import on
 Axes = Sequence[int]
 
 SMALL = 2**12  # numbers that XLA:CPU sums without its library
-LARGE = 2**16  # numbers that a CPU sums in more time than a conditional takes
-NARROW, ROW = 16, 128  # features, and numbers in a row of several examples, see `sum_of`
+LARGE = 2**16  # numbers: fewer are summed in no more time than another loop takes to start
+NARROW, ROW = 16, 128  # features, and numbers in a row of several examples, see `_in_rows`
+PARTS = 8  # that are added up at once, see `_in_parts`
 FEW = 2**12  # terms of a sum that XLA:GPU does not split, see `sum_over`
-MANY = 32  # examples, whose mean is close to 0 if the one they are drawn from is
-NEAR = 8  # the largest mean^2/var that needs no shift: log2(1 + 8) bits, see `shifted_if_far`
 
 
 class Sweep(IntEnum):
@@ -172,40 +171,81 @@ def sum_over(v, axes: Axes):
     return on("cuda", in_two_steps, v, otherwise=at_once)
 
 
-def sum_of(f: Callable, inputs: tuple, axes: Axes):
-    """Sum over axes of f(*inputs), which is elementwise; on CPUs, of few features, in long rows.
+def sum_of(f: Callable, inputs: tuple, axes: Axes, *, cast_only: bool = False):
+    """Sum over axes of f(*inputs), which is elementwise; on CPUs in the order that suits XLA:CPU.
+
+    `cast_only`: f is a cast, or less.
+    """
+    arrays = jax.tree.leaves(inputs)
+    shape = np.broadcast_shapes(*(v.shape for v in arrays))
+
+    def as_they_lie(*inputs):
+        return sum_over(f(*inputs), axes)
+
+    on_cpus = None
+    features_last = tuple(axes) == tuple(range(len(axes)))
+    if features_last and axes and not any(map(_shapes.named, arrays)):
+        on_cpus = _in_rows(f, arrays, shape, axes)
+        if on_cpus is None and not cast_only:
+            on_cpus = _in_parts(f, shape, axes)
+    if on_cpus is None:
+        return as_they_lie(*inputs)
+    return on("cpu", on_cpus, *inputs, otherwise=as_they_lie, alone=True)
+
+
+def _in_rows(f: Callable, arrays: list, shape: tuple[int, ...], axes: Axes) -> Callable | None:
+    """The sum of few features, in long rows.
 
     XLA:CPU works along the last axis. Where that is short, a sum takes many times as long as memory
     does, and one of x - mean longer still. So x is read in rows of k examples, as it lies there, if
     their number n has a divisor k that makes a long row. Each column is summed, every k-th example
     of a feature; then the k sums of a feature.
     """
-    arrays = jax.tree.leaves(inputs)
-    shape = np.broadcast_shapes(*(v.shape for v in arrays))
     features = tuple(1 if a in axes else size for a, size in enumerate(shape))
     n, width = _shapes.size(shape, axes), math.prod(features)
+    others = any(v.shape not in (shape, features) and v.size > 1 for v in arrays)  # as some masks
+    if not 0 < width <= NARROW or n * width < SMALL or others:
+        return None
+    k = max(k for k in range(1, ROW // width + 1) if n % k == 0)
+    if k * width < ROW // 2:
+        return None
 
-    def as_they_lie(*inputs):
-        return sum_over(f(*inputs), axes)
+    def rows(v):
+        if v.shape == shape:
+            return lax.optimization_barrier(v.reshape(n // k, k * width))
+        return jnp.tile(v.reshape(1, -1), k if v.shape == features else 1)
 
-    def in_rows(*inputs):
-        def rows(v):
-            if v.shape == shape:
-                return lax.optimization_barrier(v.reshape(n // k, k * width))
-            return jnp.tile(v.reshape(1, -1), k if v.shape == features else 1)
-
+    def summed(*inputs):
         s = lax.optimization_barrier(jnp.sum(f(*jax.tree.map(rows, inputs)), 0))
         return jnp.sum(s.reshape(k, width), 0).reshape(features)
 
-    narrow = 0 < width <= NARROW and n * width >= SMALL
-    features_last = tuple(axes) == tuple(range(len(axes)))
-    others = any(v.shape not in (shape, features) and v.size > 1 for v in arrays)  # as some masks
-    if not narrow or not features_last or others or any(map(_shapes.named, arrays)):
-        return as_they_lie(*inputs)
-    k = max(k for k in range(1, ROW // width + 1) if n % k == 0)
-    if k * width < ROW // 2:
-        return as_they_lie(*inputs)
-    return on("cpu", in_rows, *inputs, otherwise=as_they_lie, alone=True)
+    return summed
+
+
+def _in_parts(f: Callable, shape: tuple[int, ...], axes: Axes) -> Callable | None:
+    """The sum of what has to be computed, of a few parts of the examples at once.
+
+    XLA:CPU has sums from a library, which casts, but computes piece by piece: of x - shift, or of
+    products, that takes longer than memory does, and a selection is first written out, whole. So a
+    loop of XLA's own adds up the parts, entry by entry, and writes out as much as one of them has;
+    that the library sums.
+    """
+    most = [max(k for k in range(1, PARTS + 1) if shape[a] % k == 0) for a in axes]
+    parts, axis = max(most), most.index(max(most))
+    if math.prod(shape) < LARGE or parts < PARTS // 2:
+        return None
+    size = shape[axis] // parts
+
+    def part(v, i):
+        if v.ndim == 0 or v.shape[axis] == 1:
+            return v
+        return lax.slice_in_dim(v, i * size, (i + 1) * size, axis=axis)
+
+    def summed(*inputs):
+        terms = (f(*jax.tree.map(partial(part, i=i), inputs)) for i in range(parts))
+        return jnp.sum(lax.optimization_barrier(reduce(jnp.add, terms)), axes, keepdims=True)
+
+    return summed
 
 
 def sum_both(terms: Callable, inputs, axes: Axes):
@@ -221,48 +261,11 @@ def sum_both(terms: Callable, inputs, axes: Axes):
 
     def in_turn(*inputs):
         again = apart(inputs, Sweep.GRAD_SUMS)
-        s = sum_of(lambda *inputs: terms(*inputs)[0], inputs, axes)
+        s = sum_of(lambda *inputs: terms(*inputs)[0], inputs, axes, cast_only=True)
         return s, sum_of(lambda *inputs: terms(*inputs)[1], again, axes)
 
     complex_already = any(map(jnp.iscomplexobj, jax.tree.leaves(inputs)))
     return in_turn(*inputs) if complex_already else on("cuda", as_one, *inputs, otherwise=in_turn)
-
-
-def shifted_if_far(sums: Callable, x, shift):
-    """shift, and sums(x, shift): of x - shift, and of its square. On CPUs mostly a shift of 0,
-    for which `sums` is given None.
-
-    XLA:CPU has sums of x and of x^2 from a library, and feeds those of x - shift to it piece by
-    piece. So x itself is summed there; then, if a feature is so far from 0 that the variance has
-    lost more than three bits, x - shift. Not where x is small: its sums take no time, but a
-    conditional has to be compiled. Nor where few examples leave mean^2/var to chance. A sum of x^2
-    may overflow where that of (x - shift)^2 does not.
-    """
-    n = x.size // max(shift.size, 1)
-
-    def shifted(x, shift):
-        return shift, *sums(x, shift)
-
-    def if_far(x, shift):
-        s, squares = sums(x, None)
-        of_mean = jnp.square(s / math.sqrt(n))  # n*mean^2
-        m2 = squares - of_mean
-        near = jnp.all((of_mean <= NEAR * m2) & (m2 < jnp.inf))
-
-        def as_they_are(x, shift, *direct):
-            del x, shift
-            return direct
-
-        def anew(x, shift, *direct):
-            del direct
-            return sums(x, shift)
-
-        s, squares = lax.cond(near, as_they_are, anew, x, shift, s, squares)
-        return jnp.where(near, 0, shift), s, squares
-
-    if x.size < LARGE or n < MANY or _shapes.named(x):
-        return shifted(x, shift)
-    return on("cpu", if_far, x, shift, otherwise=shifted, alone=True)
 
 
 def _as_it_is(v):

@@ -73,9 +73,8 @@ def moments(x, mask, *, axes: Axes, dtype):
     mean = shift + offset, not yet added: the sum rounds at the size of the mean, and to compare the
     means of two devices takes what that loses. m2 = sum |x - mean|^2.
 
-    One sweep: sums of d = x - shift and of |d|^2, with a shift so close to the mean (or none, where
-    that is close to 0) that the difference in m2 cancels next to nothing (Chan, Golub, LeVeque
-    1983):
+    One sweep: sums of d = x - shift and of |d|^2, with a shift close to the mean, so that the
+    difference in m2 cancels next to nothing (Chan, Golub, LeVeque 1983):
 
         offset = sum(d)/count        m2 = sum |d|^2 - |sum(d)/sqrt(count)|^2
 
@@ -87,18 +86,11 @@ def moments(x, mask, *, axes: Axes, dtype):
     shift = lax.stop_gradient(_shift(x, mask, n, axes, dtype))  # no result depends on it
 
     def d(x, shift, mask):
-        x = x.astype(dtype)
-        return _select(mask, x if shift is None else x - shift)
+        return _select(mask, x.astype(dtype) - shift)
 
-    def sums(mask, x, shift):
-        again = _compiler.apart((x, shift, mask), Sweep.M2)
-        s = _compiler.sum_of(d, (x, shift, mask), axes)
-        return s, _compiler.sum_of(lambda *v: _abs2(d(*v)), again, axes)
-
-    if mask is None and not jnp.iscomplexobj(x):
-        shift, s, squares = _compiler.shifted_if_far(partial(sums, None), x, shift)
-    else:
-        s, squares = sums(mask, x, shift)
+    again = _compiler.apart((x, shift, mask), Sweep.M2)
+    s = _compiler.sum_of(d, (x, shift, mask), axes)
+    squares = _compiler.sum_of(lambda *v: _abs2(d(*v)), again, axes)
     m2 = squares - _abs2(s / jnp.sqrt(n).astype(dtype))
     return count, shift, s / n.astype(dtype), jnp.where(m2 < 0, 0, m2)
 
@@ -256,7 +248,12 @@ def _shift(x, mask, n, axes: Axes, dtype):
     """
     sharded = any(_shapes.shards(x, a) > 1 for a in axes)
     if mask is not None or sharded or jnp.iscomplexobj(x):
-        return _compiler.sum_over(_select(mask, x.astype(dtype)), axes) / n.astype(dtype)
+
+        def valid(x, mask):
+            return _select(mask, x.astype(dtype))
+
+        s = _compiler.sum_of(valid, (x, mask), axes, cast_only=mask is None)
+        return s / n.astype(dtype)
     if not axes:
         return x.astype(dtype)
     batch, *_ = axes
