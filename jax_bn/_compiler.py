@@ -171,30 +171,81 @@ def sum_over(v, axes: Axes):
     return on("cuda", in_two_steps, v, otherwise=at_once)
 
 
-def sum_of(f: Callable, inputs: tuple, axes: Axes, *, cast_only: bool = False):
-    """Sum over axes of f(*inputs), which is elementwise; on CPUs in the order that suits XLA:CPU.
+def sum_of(f: Callable, inputs: tuple, axes: Axes):
+    """Sum over axes of f(*inputs), which is elementwise, as the platform likes it best."""
+    on_cpus = _in_rows_or_parts(lambda *inputs: (f(*inputs),), inputs, axes)
+    if on_cpus is None:
+        return _as_it_lies(f, inputs, axes)
 
-    `cast_only`: f is a cast, or less.
+    def of_one(*inputs):
+        return on_cpus(*inputs)[0]
+
+    def otherwise(*inputs):
+        return _as_it_lies(f, inputs, axes)
+
+    return on("cpu", of_one, *inputs, otherwise=otherwise, alone=True)
+
+
+def sums_of(terms: Callable, inputs: tuple, axes: Axes, sweep: Sweep, *, cast: bool = False):
+    """The sums of the two arrays that `terms(*inputs)` yields: on CPUs in one sweep.
+
+    Else, and there if it takes less time, the second one in a `sweep` of its own. The first input
+    is the largest; if the first array is but a `cast` of it, XLA:CPU's library sums that.
     """
+
+    def in_turn(*inputs, first=_as_it_lies, second=_as_it_lies):
+        again = apart(inputs, sweep)
+        s = first(lambda *inputs: terms(*inputs)[0], inputs, axes)
+        return s, second(lambda *inputs: terms(*inputs)[1], again, axes)
+
+    v, *_ = inputs
+    narrow = v.dtype.itemsize < 4  # to widen all of it for both sums takes longer than to read it
+    one_real = any(map(jnp.iscomplexobj, jax.tree.leaves(inputs)))
+    on_cpus = None if one_real else _in_rows_or_parts(terms, inputs, axes, rows_only=narrow)
+    if on_cpus is not None:
+        return on("cpu", on_cpus, *inputs, otherwise=in_turn, alone=True)
+    if narrow or one_real:
+        return in_turn(*inputs, first=_as_it_lies if cast else sum_of, second=sum_of)
+    return in_turn(*inputs)
+
+
+def sum_both(terms: Callable, inputs: tuple, axes: Axes):
+    """`sums_of`, of the first input and of its product with something.
+
+    XLA:GPU weighs what two sums share as if each had to read it alone, and may write it out: on
+    NVIDIA GPUs they are one sum, of complex numbers.
+    """
+
+    def as_one(*inputs):
+        s = sum_over(lax.complex(*terms(*inputs)), axes)
+        return jnp.real(s), jnp.imag(s)
+
+    def as_two(*inputs):
+        return sums_of(terms, inputs, axes, Sweep.GRAD_SUMS, cast=True)
+
+    complex_already = any(map(jnp.iscomplexobj, jax.tree.leaves(inputs)))
+    return as_two(*inputs) if complex_already else on("cuda", as_one, *inputs, otherwise=as_two)
+
+
+def _as_it_lies(f: Callable, inputs: tuple, axes: Axes):
+    return sum_over(f(*inputs), axes)
+
+
+def _in_rows_or_parts(
+    terms: Callable, inputs: tuple, axes: Axes, *, rows_only: bool = False
+) -> Callable | None:
+    """inputs -> the sums of `terms(*inputs)` as suits XLA:CPU; None if that is as they lie."""
     arrays = jax.tree.leaves(inputs)
     shape = np.broadcast_shapes(*(v.shape for v in arrays))
-
-    def as_they_lie(*inputs):
-        return sum_over(f(*inputs), axes)
-
-    on_cpus = None
     features_last = tuple(axes) == tuple(range(len(axes)))
-    if features_last and axes and not any(map(_shapes.named, arrays)):
-        on_cpus = _in_rows(f, arrays, shape, axes)
-        if on_cpus is None and not cast_only:
-            on_cpus = _in_parts(f, shape, axes)
-    if on_cpus is None:
-        return as_they_lie(*inputs)
-    return on("cpu", on_cpus, *inputs, otherwise=as_they_lie, alone=True)
+    if not axes or not features_last or any(map(_shapes.named, arrays)):
+        return None
+    in_rows = _in_rows(terms, arrays, shape, axes)
+    return in_rows if in_rows or rows_only else _in_parts(terms, shape, axes)
 
 
-def _in_rows(f: Callable, arrays: list, shape: tuple[int, ...], axes: Axes) -> Callable | None:
-    """The sum of few features, in long rows.
+def _in_rows(terms: Callable, arrays: list, shape: tuple[int, ...], axes: Axes) -> Callable | None:
+    """Of few features, in long rows.
 
     XLA:CPU works along the last axis. Where that is short, a sum takes many times as long as memory
     does, and one of x - mean longer still. So x is read in rows of k examples, as it lies there, if
@@ -213,28 +264,39 @@ def _in_rows(f: Callable, arrays: list, shape: tuple[int, ...], axes: Axes) -> C
     def rows(v):
         if v.shape == shape:
             return lax.optimization_barrier(v.reshape(n // k, k * width))
-        return jnp.tile(v.reshape(1, -1), k if v.shape == features else 1)
+        # Written out, or the loop would compute the place in it of each number.
+        row = jnp.tile(v.reshape(1, -1), k if v.shape == features else 1)
+        return lax.optimization_barrier(row)
+
+    in_parts = _in_parts(terms, (n // k, k * width), (0,))
+
+    def in_turn(*inputs):
+        again = apart(inputs, Sweep.M2)
+        both = zip(terms(*inputs), terms(*again), strict=True)
+        return tuple(jnp.sum(v[i], 0) for i, v in enumerate(both))
 
     def summed(*inputs):
-        s = lax.optimization_barrier(jnp.sum(f(*jax.tree.map(rows, inputs)), 0))
-        return jnp.sum(s.reshape(k, width), 0).reshape(features)
+        s = (in_parts or in_turn)(*jax.tree.map(rows, inputs))
+        s = lax.optimization_barrier(s)
+        return tuple(jnp.sum(v.reshape(k, width), 0).reshape(features) for v in s)
 
     return summed
 
 
-def _in_parts(f: Callable, shape: tuple[int, ...], axes: Axes) -> Callable | None:
-    """The sum of what has to be computed, of a few parts of the examples at once.
+def _in_parts(terms: Callable, shape: tuple[int, ...], axes: Axes) -> Callable | None:
+    """Of a few parts of x at once, and all sums in one sweep.
 
-    XLA:CPU has sums from a library, which casts, but computes piece by piece: of x - shift, or of
-    products, that takes longer than memory does, and a selection is first written out, whole. So a
-    loop of XLA's own adds up the parts, entry by entry, and writes out as much as one of them has;
-    that the library sums.
+    XLA:CPU has sums from a library, each of one array, which casts, but computes piece by piece: of
+    x - shift, or of products, that takes longer than memory does, and a selection is first written
+    out, whole. So a loop of XLA's own adds up the parts, entry by entry, and writes out as much as
+    one part has; that the library sums. Of two arrays the loop writes one row and then the other,
+    for which it finds in the cache what it has just read.
     """
     most = [max(k for k in range(1, PARTS + 1) if shape[a] % k == 0) for a in axes]
     parts, axis = max(most), most.index(max(most))
     if math.prod(shape) < LARGE or parts < PARTS // 2:
         return None
-    size = shape[axis] // parts
+    size, row = shape[axis] // parts, len(axes)
 
     def part(v, i):
         if v.ndim == 0 or v.shape[axis] == 1:
@@ -242,30 +304,14 @@ def _in_parts(f: Callable, shape: tuple[int, ...], axes: Axes) -> Callable | Non
         return lax.slice_in_dim(v, i * size, (i + 1) * size, axis=axis)
 
     def summed(*inputs):
-        terms = (f(*jax.tree.map(partial(part, i=i), inputs)) for i in range(parts))
-        return jnp.sum(lax.optimization_barrier(reduce(jnp.add, terms)), axes, keepdims=True)
+        some = (terms(*jax.tree.map(partial(part, i=i), inputs)) for i in range(parts))
+        added = [jnp.expand_dims(reduce(jnp.add, each), row) for each in zip(*some, strict=True)]
+        which = lax.broadcasted_iota(jnp.int32, (len(added), *shape[row:]), 0)
+        both = added[0] if len(added) == 1 else jnp.where(which == 0, *added)  # [.., 2, features]
+        s = jnp.sum(lax.optimization_barrier(both), axes, keepdims=True)
+        return tuple(lax.index_in_dim(s, i, row, keepdims=False) for i in range(len(added)))
 
     return summed
-
-
-def sum_both(terms: Callable, inputs, axes: Axes):
-    """The sums of the two arrays that `terms(*inputs)` yields, as the platform likes it best.
-
-    XLA:GPU weighs what two sums share as if each had to read it alone, and may write it out: on
-    NVIDIA GPUs they are one sum, of complex numbers. XLA:CPU wants two that share nothing.
-    """
-
-    def as_one(*inputs):
-        s = sum_over(lax.complex(*terms(*inputs)), axes)
-        return jnp.real(s), jnp.imag(s)
-
-    def in_turn(*inputs):
-        again = apart(inputs, Sweep.GRAD_SUMS)
-        s = sum_of(lambda *inputs: terms(*inputs)[0], inputs, axes, cast_only=True)
-        return s, sum_of(lambda *inputs: terms(*inputs)[1], again, axes)
-
-    complex_already = any(map(jnp.iscomplexobj, jax.tree.leaves(inputs)))
-    return in_turn(*inputs) if complex_already else on("cuda", as_one, *inputs, otherwise=in_turn)
 
 
 def _as_it_is(v):

@@ -85,12 +85,11 @@ def moments(x, mask, *, axes: Axes, dtype):
     n = jnp.maximum(count, 1)
     shift = lax.stop_gradient(_shift(x, mask, n, axes, dtype))  # no result depends on it
 
-    def d(x, shift, mask):
-        return _select(mask, x.astype(dtype) - shift)
+    def terms(x, shift, mask):
+        d = _select(mask, x.astype(dtype) - shift)
+        return d, _abs2(d)
 
-    again = _compiler.apart((x, shift, mask), Sweep.M2)
-    s = _compiler.sum_of(d, (x, shift, mask), axes)
-    squares = _compiler.sum_of(lambda *v: _abs2(d(*v)), again, axes)
+    s, squares = _compiler.sums_of(terms, (x, shift, mask), axes, Sweep.M2)
     m2 = squares - _abs2(s / jnp.sqrt(n).astype(dtype))
     return count, shift, s / n.astype(dtype), jnp.where(m2 < 0, 0, m2)
 
@@ -252,8 +251,7 @@ def _shift(x, mask, n, axes: Axes, dtype):
         def valid(x, mask):
             return _select(mask, x.astype(dtype))
 
-        s = _compiler.sum_of(valid, (x, mask), axes, cast_only=mask is None)
-        return s / n.astype(dtype)
+        return _compiler.sum_of(valid, (x, mask), axes) / n.astype(dtype)
     if not axes:
         return x.astype(dtype)
     batch, *_ = axes

@@ -1,6 +1,6 @@
 """Sums on CPUs: of anything but x itself in parts, and of few features in rows.
 
-See `_compiler.sum_of`.
+See `_compiler._in_parts` and `_in_rows`.
 """
 
 from functools import partial
@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks.compiled import peak_temporary
 from jax_bn import _stages, batch_norm, normalize, reference
-from jax_bn._compiler import sum_of
+from jax_bn._compiler import Sweep, sum_of, sums_of
 
 N, C = 2048, 32  # 2^16 numbers: the fewest that are summed in parts
 FLOAT32 = jnp.dtype("float32")
@@ -36,14 +36,21 @@ def x(random):
 # ---- parts ---------------------------------------------------------------------------------------
 
 
-def along(x, dy, mean, mask=None, **options):
-    """The sum of dy*(x - mean), as in the backward pass."""
+def products(x, dy, mean, mask=None):
+    d = x.astype("float32") - mean
+    d = d if mask is None else jnp.where(mask, d, 0)
+    return d, dy.astype("float32") * d
 
-    def terms(x, dy, mean, mask):
-        products = dy.astype("float32") * (x.astype("float32") - mean)
-        return products if mask is None else jnp.where(mask, products, 0)
 
-    return sum_of(terms, (x, dy, mean, mask), tuple(range(x.ndim - 1)), **options)
+def along(*arrays):
+    """The sum of dy*(x - mean), alone."""
+    axes = tuple(range(arrays[0].ndim - 1))
+    return sum_of(lambda *arrays: products(*arrays)[1], arrays, axes)
+
+
+def both(*arrays):
+    """That of x - mean, and that of dy*(x - mean)."""
+    return sums_of(products, arrays, tuple(range(arrays[0].ndim - 1)), Sweep.M2)
 
 
 def arguments(shape, dtype, random):
@@ -52,34 +59,47 @@ def arguments(shape, dtype, random):
     return x, dy, jnp.asarray(mean, "float32")
 
 
+def written(text):
+    """The shapes in float32 that are written out before they are summed."""
+    found = re.findall("optimization_barrier %[0-9]+ : tensor<([0-9x]+)xf32>", text)
+    return [tuple(map(int, shape.split("x"))) for shape in found]
+
+
 @pytest.mark.parametrize(
     "shape, part",
     [
-        ((N, C), (N // 8, C)),
-        ((32, 8, 8, 32), (4, 8, 8, 32)),
-        ((6, 56, 8, 32), (6, 7, 8, 32)),  # of the first axis that has most
-        ((1, 1, 5 * 401, 33), (1, 1, 401, 33)),
+        ((N, C), (N // 8,)),
+        ((32, 8, 8, 32), (4, 8, 8)),
+        ((6, 56, 8, 32), (6, 7, 8)),  # of the first axis that has most
+        ((1, 1, 5 * 401, 33), (1, 1, 401)),
     ],
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("masked", [None, "whole", "examples", "features"])
-def test_products_are_summed_in_parts(shape, part, dtype, masked, random):
+@pytest.mark.parametrize("f", [along, both])
+def test_what_has_to_be_computed_is_summed_in_parts(f, shape, part, dtype, masked, random):
     x, dy, mean = args = arguments(shape, dtype, random)
     mask = None
     if masked:
         of = dict(whole=shape, examples=(*shape[:-1], 1), features=mean.shape)[masked]
         mask = jnp.asarray(random.random(of) < 0.7)
-    traced = jax.jit(along).trace(*args, mask)
-    sums = "optimization_barrier %[0-9]+ : tensor<{}xf32>".format("x".join(map(str, part)))
-    assert len(re.findall(sums, traced.lower().as_text())) == 1
+    in_turn = f is both and dtype == "bfloat16"
+    rows = [2 if f is both and not in_turn else 1] * (2 if in_turn else 1)
+    expected = [(*part, n, shape[-1]) for n in rows]
+    traced = jax.jit(f).trace(*args, mask)
+    assert [s for s in written(traced.lower().as_text()) if s in expected] == expected
     for platform in ("tpu", "cuda"):
-        assert not re.search(sums, traced.lower(lowering_platforms=(platform,)).as_text())
+        elsewhere = written(traced.lower(lowering_platforms=(platform,)).as_text())
+        assert not set(expected) & set(elsewhere)
     x, dy, mean = (np.asarray(v, "float64") for v in args)
-    terms = np.where(True if mask is None else mask, dy * (x - mean), 0).reshape(-1, shape[-1])
-    bound = 16 * EPS * np.abs(terms).sum(0)
-    for found in (jax.jit(along)(*args, mask), along(*args, mask)):  # eager: as they lie
-        assert found.shape == mean.shape
-        assert (np.abs(np.asarray(found).ravel() - terms.sum(0)) <= bound).all()
+    d = np.where(True if mask is None else mask, x - mean, 0)
+    exact = (d, dy * d) if f is both else (dy * d,)
+    for found in (jax.jit(f)(*args, mask), f(*args, mask)):  # eager: as they lie
+        for s, terms in zip(found if f is both else (found,), exact, strict=True):
+            assert s.shape == mean.shape
+            terms = terms.reshape(-1, shape[-1])
+            bound = 16 * EPS * np.abs(terms).sum(0)
+            assert (np.abs(np.asarray(s).ravel() - terms.sum(0)) <= bound).all()
 
 
 @pytest.mark.parametrize(
@@ -95,17 +115,27 @@ def test_others_are_summed_as_they_lie(shape, random):
     assert "slice" not in jax.jit(along).lower(*arguments(shape, "float32", random)).as_text()
 
 
-def test_neither_is_x_itself_nor_any_sum_but_over_the_first_axes(x):
-    def summed(x, axes, **options):
-        return sum_of(lambda x: 2 * x, (x,), axes, **options)
-
-    def text(axes, **options):
-        return jax.jit(partial(summed, axes=axes, **options)).lower(x).as_text()
+def test_nor_over_any_but_the_first_axes(x):
+    def text(axes):
+        return jax.jit(partial(sum_of, lambda x: 2 * x, axes=axes)).lower((x,)).as_text()
 
     assert "slice" in text((0,))
-    assert "slice" not in text((0,), cast_only=True)
     assert "slice" not in text((1,))
     assert "slice" not in text(())
+
+
+def test_a_narrow_dy_is_summed_as_it_lies(random):
+    """The library casts it in less time; in float32 one sweep is for both sums."""
+
+    def gradient(x, dy):
+        return jax.vjp(lambda x: batch_norm(x)[0], x)[1](dy)
+
+    def summed(dtype):
+        x, dy, _ = arguments((N, C), dtype, random)
+        return [s for s in written(jax.jit(gradient).lower(x, dy).as_text()) if len(s) == 3]
+
+    assert summed("float32") == [(N // 8, 2, C)] * 2
+    assert summed("bfloat16") == [(N // 8, 1, C)] * 3
 
 
 def test_in_programs_that_may_run_elsewhere_sums_are_as_they_lie(random):
@@ -124,9 +154,10 @@ def test_only_a_part_is_written(dtype, masked, random):
     x = jnp.asarray(random.normal(size=(16 * N, C)), dtype)
     mask = jnp.asarray(random.random((16 * N, 1)) < 0.7) if masked else None
     moments = partial(_stages.moments, axes=(0,), dtype=FLOAT32)
+    sums = 2 if dtype == "float32" else 1
     counted = 0 if mask is None else mask.size
-    written = 4 * (x.size // 8 + counted)  # in float32
-    assert peak_temporary(jax.jit(moments).lower(x, mask).compile()) < 1.1 * written
+    most = 4 * (sums * x.size // 8 + counted)  # in float32
+    assert peak_temporary(jax.jit(moments).lower(x, mask).compile()) < 1.1 * most
 
 
 @pytest.mark.parametrize(
@@ -212,6 +243,21 @@ def test_few_features_are_summed_in_rows(shape, row, dtype, random):
     np.testing.assert_allclose(
         found, summed(x, mean), rtol=0, atol=8 * n * EPS
     )  # eager: as they lie
+
+
+@pytest.mark.parametrize("shape", [(2**15, 4), (2**16, 1), (16, 64, 64, 3), (4096, 16)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_both_sums_of_few_features(shape, dtype, random):
+    """In rows, and the rows in parts."""
+    x, dy, mean = args = arguments(shape, dtype, random)
+    (row,) = {s[2] for s in written(jax.jit(both).lower(*args).as_text()) if len(s) == 3}
+    assert row > shape[-1]
+    x, dy, mean = (np.asarray(v, "float64") for v in args)
+    for s, terms in zip(jax.jit(both)(*args), (x - mean, dy * (x - mean)), strict=True):
+        terms = terms.reshape(-1, shape[-1])
+        bound = 16 * EPS * np.abs(terms).sum(0)
+        assert s.shape == mean.shape
+        assert (np.abs(np.asarray(s).ravel() - terms.sum(0)) <= bound).all()
 
 
 @pytest.mark.parametrize(
