@@ -202,7 +202,14 @@ ALL_VALID = pytest.param(False, marks=pytest.mark.long)
 
 
 @pytest.mark.parametrize("masked", [ALL_VALID, True])
-@pytest.mark.parametrize("shape, axis", [((8, 4), -1), ((8, 3, 4), -1), ((4, 8, 3), 0)])
+@pytest.mark.parametrize(
+    "shape, axis",
+    [
+        pytest.param((8, 4), -1, marks=pytest.mark.long),
+        ((8, 3, 4), -1),
+        pytest.param((4, 8, 3), 0, marks=pytest.mark.long),
+    ],
+)
 def test_virtual_batches_are_batches(shape, axis, masked):
     random = np.random.default_rng(0)
     x = np.asarray(random.normal(size=shape), np.float32)

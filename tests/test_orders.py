@@ -97,6 +97,7 @@ def test_every_order_of_the_default_rule(nesting, case):
     np.testing.assert_allclose(actual, definition(nesting, CASES[case]), rtol=1e-9)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("nesting", NESTINGS)
 def test_every_nesting_of_forward_mode(nesting):
     case = CASES[ALL_AT_ONCE]

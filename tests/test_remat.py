@@ -128,6 +128,7 @@ class Block(nn.Module):
         return nn.relu(x + jax_bn.linen.BatchNorm(use_running_average=False, name="bn2")(y))
 
 
+@pytest.mark.long
 def test_no_convolution_is_computed_again_in_linen():
     x = jnp.ones((4, 8, 8, C))
 

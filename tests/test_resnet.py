@@ -178,6 +178,7 @@ def test_trains_as_linen_with_the_layer_of_flax(framework, network):
         assert_as_accurate(found, definition, oracle(network), examples)
 
 
+@pytest.mark.long
 @both_frameworks
 def test_remat_changes_no_number(framework):
     asked = set()
@@ -191,6 +192,7 @@ def test_remat_changes_no_number(framework):
     chex.assert_trees_all_close(found, trained(framework, "basic"), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.long
 @both_frameworks
 def test_bfloat16_within_and_float32_at_the_ends(framework):
     found = trained(framework, "basic", dtype=jnp.bfloat16)
