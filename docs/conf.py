@@ -61,7 +61,7 @@ mathjax_path = "mathjax/tex-chtml.js"
 CODE = (
     "_batch_norm _batch_renorm _training _implementation kernels/mosaic_gpu kernels/_stream "
     "kernels/_resident kernels/_slabs kernels/_one_device _vjp _jvp _statistics _devices "
-    "_residuals _stages _compiler _platform _arguments _activations _shapes reference"
+    "_residuals _stages _sums _compiler _platform _arguments _activations _shapes reference"
 ).split()
 PAGES = {
     "CONTRIBUTING.md": "contributing.md",

@@ -93,16 +93,16 @@ def batch_norm(
     One example a feature (N = 1) is legal and teaches nothing: x_hat = 0, so y = bias and dx = 0.
 
     Precision: all arithmetic is in T, the widest of float32 and the dtypes of x, scale, bias,
-    residual and `dtype`. The variance takes one sweep over x, shifted by the median k of three
-    examples; its relative error is at most c*eps(T)*(1 + (k - mean)^2/var), with c the growth of a
-    sum of N terms (about sqrt(N) at worst, a few units where XLA sums in blocks). For examples in
-    no special order k is within a few std of the mean, wherever the mean is: unlike E[x^2] -
-    E[x]^2, whose error grows with (mean/std)^2. At worst, where two of the first three are the only
-    outliers, it is sqrt(N/2) std away. With a mask, with complex x, and where x's type says that
-    its batch axis is sharded, k is the mean itself, for a second sweep. y and dx err, beyond a few
-    ulps, by half the relative error of the variance and by eps(T)*|mean|/std, the rounding of the
-    mean itself. Derivatives of second order by x in a narrower dtype have a few roundings to that
-    dtype: JAX adds cotangents in it.
+    residual and `dtype`. The variance takes one sweep over x (on CPUs two, if x is bfloat16 or
+    float16), shifted by the median k of three examples; its relative error is at most c*eps(T)*(1 +
+    (k - mean)^2/var), with c the growth of a sum of N terms (about sqrt(N) at worst, a few units
+    where XLA sums in blocks). For examples in no special order k is within a few std of the mean,
+    wherever the mean is: unlike E[x^2] - E[x]^2, whose error grows with (mean/std)^2. At worst,
+    where two of the first three are the only outliers, it is sqrt(N/2) std away. With a mask, with
+    complex x, and where x's type says that its batch axis is sharded, k is the mean itself, for a
+    second sweep. y and dx err, beyond a few ulps, by half the relative error of the variance and by
+    eps(T)*|mean|/std, the rounding of the mean itself. Derivatives of second order by x in a
+    narrower dtype have a few roundings to that dtype: JAX adds cotangents in it.
 
     Differentiable in x, scale, bias and residual, in y and in the statistics: reverse mode to any
     order, and forward over reverse (`jax.hessian`), exact. Forward mode of the function itself

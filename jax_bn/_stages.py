@@ -24,7 +24,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from jax_bn import _activations, _compiler, _shapes
+from jax_bn import _activations, _compiler, _shapes, _sums
 from jax_bn._compiler import Sweep
 
 Axes = tuple[int, ...]
@@ -89,7 +89,7 @@ def moments(x, mask, *, axes: Axes, dtype):
         d = _select(mask, x.astype(dtype) - shift)
         return d, _abs2(d)
 
-    s, squares = _compiler.sums_of(terms, (x, shift, mask), axes, Sweep.M2)
+    s, squares = _sums.sums_of(terms, (x, shift, mask), axes, Sweep.M2)
     m2 = squares - _abs2(s / jnp.sqrt(n).astype(dtype))
     return count, shift, s / n.astype(dtype), jnp.where(m2 < 0, 0, m2)
 
@@ -109,7 +109,7 @@ def normalize(x, mean, rstd, scale, bias, residual=None, *, activation=None, dty
 def grad_sums(dy, kept: Kept, *, activation=None, axes: Axes):
     """dbias = sum(dz), dscale = sum(dz * x_hat) over these examples. :: [N, C] -> [1, C] twice
 
-    rstd stands outside the sum: inside, XLA:CPU writes x_hat out, in float32 and whole.
+    rstd stands outside the sum: inside, XLA:CPU's library has x_hat written out, whole.
     """
 
     def terms(dz, kept):
@@ -117,7 +117,7 @@ def grad_sums(dy, kept: Kept, *, activation=None, axes: Axes):
         return dz, dz * centred(kept)
 
     dz = grad_z(dy, kept, activation, Sweep.GRAD_SUMS)
-    s, along = _compiler.sum_both(terms, (dz, kept), axes)
+    s, along = _sums.sum_both(terms, (dz, kept), axes)
     return s, kept.rstd * along
 
 
@@ -251,7 +251,7 @@ def _shift(x, mask, n, axes: Axes, dtype):
         def valid(x, mask):
             return _select(mask, x.astype(dtype))
 
-        return _compiler.sum_of(valid, (x, mask), axes) / n.astype(dtype)
+        return _sums.sum_of(valid, (x, mask), axes) / n.astype(dtype)
     if not axes:
         return x.astype(dtype)
     batch, *_ = axes
@@ -276,7 +276,7 @@ def _count(x, mask, axes: Axes, dtype):
     if mask is None:
         return jnp.full((1,) * x.ndim, n, real)
     per_entry = n // _shapes.size(mask.shape, axes)  # how many examples one mask entry stands for
-    return _compiler.sum_over(mask.astype(real), axes) * per_entry
+    return _sums.sum_over(mask.astype(real), axes) * per_entry
 
 
 def _select(mask, v) -> Any:

@@ -1,6 +1,6 @@
 """Sums on CPUs: of anything but x itself in parts, and of few features in rows.
 
-See `_compiler._in_parts` and `_in_rows`.
+See `_sums._in_parts` and `_in_rows`.
 """
 
 from functools import partial
@@ -14,7 +14,8 @@ import pytest
 
 from benchmarks.compiled import peak_temporary
 from jax_bn import _stages, batch_norm, normalize, reference
-from jax_bn._compiler import Sweep, sum_of, sums_of
+from jax_bn._compiler import Sweep
+from jax_bn._sums import sum_of, sums_of
 
 N, C = 2048, 32  # 2^16 numbers: the fewest that are summed in parts
 FLOAT32 = jnp.dtype("float32")
@@ -206,6 +207,37 @@ def test_gradients(activation, masked, x, random):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * np.abs(b).max())
 
 
+@pytest.mark.parametrize("of_x, of_y", [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_x_and_dy_of_two_dtypes(of_x, of_y, x, random):
+    x, dy = jnp.asarray(x, of_x), jnp.asarray(random.normal(size=(N, C)), of_y)
+
+    def gradient(f, x, dy, **options):
+        return jax.vjp(lambda x: f(x, **options)[0], x)[1](dy)[0]
+
+    found = jax.jit(partial(gradient, batch_norm, dtype=of_y))(x, dy)
+    with jax.enable_x64(True):
+        exact = gradient(reference.batch_norm, *(np.asarray(v, "float64") for v in (x, dy)))
+    eps = float(jnp.finfo(of_x).eps)
+    np.testing.assert_allclose(np.asarray(found, "float64"), exact, rtol=eps, atol=1e-5)
+
+
+def test_under_scan_and_remat(x):
+    def scanned(f, xs):
+        def step(s, x):
+            return s + jax.checkpoint(lambda x: jnp.sum(jnp.sin(f(x)[0])))(x), None
+
+        return jax.lax.scan(step, jnp.zeros((), xs.dtype), xs)[0]
+
+    def gradient(f, dtype):
+        xs = np.stack([x, x + np.float32(5)])
+        return jax.jit(jax.grad(partial(scanned, f)))(xs.astype(dtype))
+
+    with jax.enable_x64(True):
+        expected = np.asarray(gradient(reference.batch_norm, "float64"))
+    found = gradient(batch_norm, "float32")
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+
+
 # ---- few features --------------------------------------------------------------------------------
 
 
@@ -280,6 +312,10 @@ def test_others_are_not(shape):
         ((8192, 2), -1, (8192, 2)),
         ((8192, 2), -1, (8192, 1)),
         ((8192, 2), -1, (1, 2)),
+        ((N, C), -1, None),
+        ((N, C), -1, (N, 1)),
+        ((N, 4, C // 4), (1, 2), None),
+        ((N, 4, C // 4), (1, 2), (N, 1, C // 4)),
     ],
 )
 @pytest.mark.parametrize("dtype", ["float32", "complex64"])

@@ -289,7 +289,7 @@ def test_devices_far_apart_do_not_cancel(mode, devices):
 @pytest.mark.parametrize("features", [4, 32])
 @pytest.mark.parametrize("mode", MODES)
 def test_large_shares(mode, features, devices):
-    """Each device sums its own by its own shift; on CPUs in rows, or in parts."""
+    """Each device sums its own, by its own shift; so many that CPUs have another way to."""
     random = np.random.default_rng(0)
     x = random.normal(size=(8, 2**16 // features, features)) + 5 * np.arange(8)[:, None, None]
     x = np.asarray(x, np.float32)

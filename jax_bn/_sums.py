@@ -1,0 +1,195 @@
+"""Sums over the examples, in the order that suits the compiler of each platform.
+
+As in `_compiler`, nothing here changes a result but by rounding. Elementwise functions come as
+such, with their inputs, since what is in a sum decides how it is best taken.
+"""
+
+from collections.abc import Callable
+from functools import partial, reduce
+import math
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_bn import _compiler, _shapes
+from jax_bn._compiler import Axes
+from jax_bn._platform import on
+
+LARGE = 2**16  # numbers: fewer are summed in no more time than another loop takes to start
+NARROW, ROW = 16, 128  # features, and numbers in a row of several examples, see `_in_rows`
+PARTS = 8  # that are added up at once, see `_in_parts`
+
+
+def sum_over(v, axes: Axes):
+    """Sum over axes, kept with length 1; on NVIDIA GPUs, if it has few terms, in two steps.
+
+    XLA:GPU itself splits a sum of more than 4096 terms. A shorter one has few threads, and to feed
+    these fast XLA first writes v out, in float32 and whole. Two steps write out the sums of groups,
+    of one example each, or of as many as make 16 terms.
+    """
+
+    def at_once(v):
+        return jnp.sum(v, axes, keepdims=True)
+
+    def in_two_steps(v):
+        groups = v.shape[batch] // group
+        v = v.reshape(*v.shape[:batch], groups, group, *v.shape[batch + 1 :])
+        v = jnp.squeeze(jnp.sum(v, [a + 1 for a in axes], keepdims=True), batch + 1)
+        return jnp.sum(lax.optimization_barrier(v), batch, keepdims=True)
+
+    few = 0 < _shapes.size(v.shape, axes) <= _compiler.FEW
+    if not axes or v.ndim - 1 in axes or not few:  # along the last axis XLA needs no help
+        return at_once(v)
+    batch, *inner = axes
+    group = max(1, 16 // _shapes.size(v.shape, inner))
+    # A group that lies on several devices would need communication of its own.
+    across = any(_shapes.shards(v, a) > 1 for a in (axes if group > 1 else inner))
+    if across or v.shape[batch] % group:
+        return at_once(v)
+    return on("cuda", in_two_steps, v, otherwise=at_once)
+
+
+def sum_of(f: Callable, inputs: tuple, axes: Axes):
+    """Sum over axes of f(*inputs), which is elementwise, as the platform likes it best."""
+    on_cpus = _in_rows_or_parts(lambda *inputs: (f(*inputs),), inputs, axes)
+    if on_cpus is None:
+        return _as_it_lies(f, inputs, axes)
+
+    def of_one(*inputs):
+        return on_cpus(*inputs)[0]
+
+    def otherwise(*inputs):
+        return _as_it_lies(f, inputs, axes)
+
+    return on("cpu", of_one, *inputs, otherwise=otherwise, alone=True)
+
+
+def sums_of(
+    terms: Callable, inputs: tuple, axes: Axes, sweep: _compiler.Sweep, *, cast: bool = False
+):
+    """The sums of the two arrays that `terms(*inputs)` yields: on CPUs in one sweep.
+
+    Else, and there if it takes less time, the second one in a `sweep` of its own. The first input
+    is the largest; if the first array is but a `cast` of it, XLA:CPU's library sums that.
+    """
+
+    def in_turn(*inputs, first=_as_it_lies, second=_as_it_lies):
+        again = _compiler.apart(inputs, sweep)
+        s = first(lambda *inputs: terms(*inputs)[0], inputs, axes)
+        return s, second(lambda *inputs: terms(*inputs)[1], again, axes)
+
+    v, *_ = inputs
+    narrow = v.dtype.itemsize < 4  # then one loop was measured to take longer than two
+    is_complex = any(map(jnp.iscomplexobj, jax.tree.leaves(inputs)))  # and may be one sum is not
+    on_cpus = None if is_complex else _in_rows_or_parts(terms, inputs, axes, rows_only=narrow)
+    if on_cpus is not None:
+        return on("cpu", on_cpus, *inputs, otherwise=in_turn, alone=True)
+    return in_turn(*inputs, first=_as_it_lies if cast else sum_of, second=sum_of)
+
+
+def sum_both(terms: Callable, inputs: tuple, axes: Axes):
+    """`sums_of`, of the first input and of its product with something.
+
+    XLA:GPU weighs what two sums share as if each had to read it alone, and may write it out: on
+    NVIDIA GPUs they are one sum, of complex numbers.
+    """
+
+    def as_one(*inputs):
+        s = sum_over(lax.complex(*terms(*inputs)), axes)
+        return jnp.real(s), jnp.imag(s)
+
+    def as_two(*inputs):
+        return sums_of(terms, inputs, axes, _compiler.Sweep.GRAD_SUMS, cast=True)
+
+    complex_already = any(map(jnp.iscomplexobj, jax.tree.leaves(inputs)))
+    return as_two(*inputs) if complex_already else on("cuda", as_one, *inputs, otherwise=as_two)
+
+
+def _as_it_lies(f: Callable, inputs: tuple, axes: Axes):
+    return sum_over(f(*inputs), axes)
+
+
+def _in_rows_or_parts(
+    terms: Callable, inputs: tuple, axes: Axes, *, rows_only: bool = False
+) -> Callable | None:
+    """inputs -> the sums of `terms(*inputs)` as suits XLA:CPU; None if that is as they lie."""
+    arrays = jax.tree.leaves(inputs)
+    shape = np.broadcast_shapes(*(v.shape for v in arrays))
+    features_last = tuple(axes) == tuple(range(len(axes)))
+    if not axes or not features_last or any(map(_shapes.named, arrays)):
+        return None
+    in_rows = _in_rows(terms, arrays, shape, axes)
+    return in_rows if in_rows or rows_only else _in_parts(terms, shape, axes)
+
+
+def _in_rows(terms: Callable, arrays: list, shape: tuple[int, ...], axes: Axes) -> Callable | None:
+    """Of few features, in long rows.
+
+    XLA:CPU works along the last axis. Where that is short, a sum takes many times as long as memory
+    does, and one of x - mean longer still. So x is read in rows of k examples, as it lies there, if
+    their number n has a divisor k that makes a long row. Each column is summed, every k-th example
+    of a feature; then the k sums of a feature.
+    """
+    features = tuple(1 if a in axes else size for a, size in enumerate(shape))
+    n, width = _shapes.size(shape, axes), math.prod(features)
+    others = any(v.shape not in (shape, features) and v.size > 1 for v in arrays)  # as some masks
+    if not 0 < width <= NARROW or n * width < _compiler.SMALL or others:
+        return None
+    k = max(k for k in range(1, ROW // width + 1) if n % k == 0)
+    if k * width < ROW // 2:
+        return None
+
+    def rows(v):
+        if v.shape == shape:
+            return lax.optimization_barrier(v.reshape(n // k, k * width))
+        # Written out, or the loop would compute the place in it of each number.
+        row = jnp.tile(v.reshape(1, -1), k if v.shape == features else 1)
+        return lax.optimization_barrier(row)
+
+    in_parts = _in_parts(terms, (n // k, k * width), (0,))
+
+    def in_turn(*inputs):
+        s, *others = (jnp.sum(v, 0) for v in terms(*inputs))
+        if others:
+            others = [jnp.sum(terms(*_compiler.apart(inputs, _compiler.Sweep.GRAD_SUMS))[1], 0)]
+        return s, *others
+
+    def summed(*inputs):
+        s = (in_parts or in_turn)(*jax.tree.map(rows, inputs))
+        s = lax.optimization_barrier(s)
+        return tuple(jnp.sum(v.reshape(k, width), 0).reshape(features) for v in s)
+
+    return summed
+
+
+def _in_parts(terms: Callable, shape: tuple[int, ...], axes: Axes) -> Callable | None:
+    """Of a few parts of x at once, and all sums in one sweep.
+
+    XLA:CPU has sums from a library, each of one array, which casts, but computes piece by piece: of
+    x - shift, or of products, that takes longer than memory does, and a selection is first written
+    out, whole. So a loop of XLA's own adds up the parts, entry by entry, and writes out as much as
+    one part has; that the library sums. Of two arrays the loop writes one row and then the other,
+    for which it finds in the cache what it has just read.
+    """
+    most = [max(k for k in range(1, PARTS + 1) if shape[a] % k == 0) for a in axes]
+    parts, axis = max(most), most.index(max(most))
+    if math.prod(shape) < LARGE or parts < PARTS // 2:
+        return None
+    size, row = shape[axis] // parts, len(axes)
+
+    def part(v, i):
+        if v.ndim == 0 or v.shape[axis] == 1:
+            return v
+        return lax.slice_in_dim(v, i * size, (i + 1) * size, axis=axis)
+
+    def summed(*inputs):
+        some = (terms(*jax.tree.map(partial(part, i=i), inputs)) for i in range(parts))
+        added = [jnp.expand_dims(reduce(jnp.add, each), row) for each in zip(*some, strict=True)]
+        which = lax.broadcasted_iota(jnp.int32, (len(added), *shape[row:]), 0)
+        both = added[0] if len(added) == 1 else jnp.where(which == 0, *added)  # [.., 2, features]
+        s = jnp.sum(lax.optimization_barrier(both), axes, keepdims=True)
+        return tuple(lax.index_in_dim(s, i, row, keepdims=False) for i in range(len(added)))
+
+    return summed
