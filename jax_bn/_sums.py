@@ -20,6 +20,10 @@ from jax_bn._platform import on
 LARGE = 2**16  # numbers: fewer are summed in no more time than another loop takes to start
 NARROW, ROW = 16, 128  # features, and numbers in a row of several examples, see `_in_rows`
 PARTS = 8  # that are added up at once, see `_in_parts`
+PARTS_OF_ONE = (
+    0,
+    12,
+)  # the JAX before gives the parts of one array to the library, all written out
 
 
 def sum_over(v, axes: Axes):
@@ -53,7 +57,8 @@ def sum_over(v, axes: Axes):
 
 def sum_of(f: Callable, inputs: tuple, axes: Axes):
     """Sum over axes of f(*inputs), which is elementwise, as the platform likes it best."""
-    on_cpus = _in_rows_or_parts(lambda *inputs: (f(*inputs),), inputs, axes)
+    rows_only = jax.__version_info__ < PARTS_OF_ONE
+    on_cpus = _in_rows_or_parts(lambda *v: (f(*v),), inputs, axes, rows_only=rows_only)
     if on_cpus is None:
         return _as_it_lies(f, inputs, axes)
 

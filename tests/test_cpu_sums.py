@@ -15,7 +15,7 @@ import pytest
 from benchmarks.compiled import peak_temporary
 from jax_bn import _stages, batch_norm, normalize, reference
 from jax_bn._compiler import Sweep
-from jax_bn._sums import sum_of, sums_of
+from jax_bn._sums import PARTS_OF_ONE, sum_of, sums_of
 
 N, C = 2048, 32  # 2^16 numbers: the fewest that are summed in parts
 FLOAT32 = jnp.dtype("float32")
@@ -33,6 +33,8 @@ def random():
 def x(random):
     return random.normal(size=(N, C)).astype("float32")
 
+
+OF_ONE = jax.__version_info__ >= PARTS_OF_ONE  # are sums of one array taken in parts too
 
 # ---- parts ---------------------------------------------------------------------------------------
 
@@ -86,12 +88,13 @@ def test_what_has_to_be_computed_is_summed_in_parts(f, shape, part, dtype, maske
         mask = jnp.asarray(random.random(of) < 0.7)
     in_turn = f is both and dtype == "bfloat16"
     rows = [2 if f is both and not in_turn else 1] * (2 if in_turn else 1)
-    expected = [(*part, n, shape[-1]) for n in rows]
+    parts = [(*part, n, shape[-1]) for n in rows]
+    expected = parts if OF_ONE or rows == [2] else []
     traced = jax.jit(f).trace(*args, mask)
-    assert [s for s in written(traced.lower().as_text()) if s in expected] == expected
+    assert [s for s in written(traced.lower().as_text()) if s in parts] == expected
     for platform in ("tpu", "cuda"):
         elsewhere = written(traced.lower(lowering_platforms=(platform,)).as_text())
-        assert not set(expected) & set(elsewhere)
+        assert not set(parts) & set(elsewhere)
     x, dy, mean = (np.asarray(v, "float64") for v in args)
     d = np.where(True if mask is None else mask, x - mean, 0)
     exact = (d, dy * d) if f is both else (dy * d,)
@@ -118,7 +121,8 @@ def test_others_are_summed_as_they_lie(shape, random):
 
 def test_nor_over_any_but_the_first_axes(x):
     def text(axes):
-        return jax.jit(partial(sum_of, lambda x: 2 * x, axes=axes)).lower((x,)).as_text()
+        f = partial(sums_of, lambda x: (x, 2 * x), axes=axes, sweep=Sweep.M2)
+        return jax.jit(f).lower((x,)).as_text()
 
     assert "slice" in text((0,))
     assert "slice" not in text((1,))
@@ -136,15 +140,15 @@ def test_a_narrow_dy_is_summed_as_it_lies(random):
         return [s for s in written(jax.jit(gradient).lower(x, dy).as_text()) if len(s) == 3]
 
     assert summed("float32") == [(N // 8, 2, C)] * 2
-    assert summed("bfloat16") == [(N // 8, 1, C)] * 3
+    assert summed("bfloat16") == ([(N // 8, 1, C)] * 3 if OF_ONE else [])
 
 
 def test_in_programs_that_may_run_elsewhere_sums_are_as_they_lie(random):
     args = arguments((N, C), "float32", random)
-    assert "slice" in jax.jit(along).lower(*args).as_text()
-    exported = jax.export.export(jax.jit(along), platforms=("cpu",))(*args)
+    assert "slice" in jax.jit(both).lower(*args).as_text()
+    exported = jax.export.export(jax.jit(both), platforms=("cpu",))(*args)
     assert "slice" not in exported.mlir_module()
-    mapped = jax.jit(jax.vmap(along)).lower(*(jnp.stack([v, v]) for v in args))
+    mapped = jax.jit(jax.vmap(both)).lower(*(jnp.stack([v, v]) for v in args))
     assert "slice" not in mapped.as_text()
 
 
@@ -152,6 +156,8 @@ def test_in_programs_that_may_run_elsewhere_sums_are_as_they_lie(random):
 @pytest.mark.parametrize("masked", [False, True])
 def test_only_a_part_is_written(dtype, masked, random):
     """Of a program with no result as large as x. A selection would be written whole."""
+    if not OF_ONE and (masked or dtype != "float32"):
+        pytest.skip("this JAX would write all parts of the sum of one array")
     x = jnp.asarray(random.normal(size=(16 * N, C)), dtype)
     mask = jnp.asarray(random.random((16 * N, 1)) < 0.7) if masked else None
     moments = partial(_stages.moments, axes=(0,), dtype=FLOAT32)
