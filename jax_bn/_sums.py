@@ -4,7 +4,7 @@ As in `_compiler`, nothing here changes a result but by rounding. Elementwise fu
 such, with their inputs, since what is in a sum decides how it is best taken.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial, reduce
 import math
 
@@ -20,10 +20,7 @@ from jax_bn._platform import on
 LARGE = 2**16  # numbers: fewer are summed in no more time than another loop takes to start
 NARROW, ROW = 16, 128  # features, and numbers in a row of several examples, see `_in_rows`
 PARTS = 8  # that are added up at once, see `_in_parts`
-PARTS_OF_ONE = (
-    0,
-    12,
-)  # the JAX before gives the parts of one array to the library, all written out
+PARTS_OF_ONE = (0, 12)  # the JAX from which parts of a single array are not written out, each
 
 
 def sum_over(v, axes: Axes):
@@ -57,18 +54,15 @@ def sum_over(v, axes: Axes):
 
 def sum_of(f: Callable, inputs: tuple, axes: Axes):
     """Sum over axes of f(*inputs), which is elementwise, as the platform likes it best."""
-    rows_only = jax.__version_info__ < PARTS_OF_ONE
-    on_cpus = _in_rows_or_parts(lambda *v: (f(*v),), inputs, axes, rows_only=rows_only)
+    on_cpus = _in_rows_or_parts(lambda *v: (f(*v),), 1, inputs, axes)
     if on_cpus is None:
         return _as_it_lies(f, inputs, axes)
 
-    def of_one(*inputs):
-        return on_cpus(*inputs)[0]
-
     def otherwise(*inputs):
-        return _as_it_lies(f, inputs, axes)
+        return (_as_it_lies(f, inputs, axes),)
 
-    return on("cpu", of_one, *inputs, otherwise=otherwise, alone=True)
+    (s,) = on("cpu", on_cpus, *inputs, otherwise=otherwise, alone=True)
+    return s
 
 
 def sums_of(
@@ -79,19 +73,17 @@ def sums_of(
     Else, and there if it takes less time, the second one in a `sweep` of its own. The first input
     is the largest; if the first array is but a `cast` of it, XLA:CPU's library sums that.
     """
-
-    def in_turn(*inputs, first=_as_it_lies, second=_as_it_lies):
-        again = _compiler.apart(inputs, sweep)
-        s = first(lambda *inputs: terms(*inputs)[0], inputs, axes)
-        return s, second(lambda *inputs: terms(*inputs)[1], again, axes)
-
     v, *_ = inputs
     narrow = v.dtype.itemsize < 4  # then one loop was measured to take longer than two
     is_complex = any(map(jnp.iscomplexobj, jax.tree.leaves(inputs)))  # and may be one sum is not
-    on_cpus = None if is_complex else _in_rows_or_parts(terms, inputs, axes, rows_only=narrow)
-    if on_cpus is not None:
-        return on("cpu", on_cpus, *inputs, otherwise=in_turn, alone=True)
-    return in_turn(*inputs, first=_as_it_lies if cast else sum_of, second=sum_of)
+    on_cpus = None if is_complex else _in_rows_or_parts(terms, 2, inputs, axes, rows_only=narrow)
+    if on_cpus is None:
+        return _in_turn(terms, (_as_it_lies if cast else sum_of, sum_of), inputs, axes, sweep)
+
+    def otherwise(*inputs):
+        return _in_turn(terms, (_as_it_lies, _as_it_lies), inputs, axes, sweep)
+
+    return on("cpu", on_cpus, *inputs, otherwise=otherwise, alone=True)
 
 
 def sum_both(terms: Callable, inputs: tuple, axes: Axes):
@@ -116,20 +108,30 @@ def _as_it_lies(f: Callable, inputs: tuple, axes: Axes):
     return sum_over(f(*inputs), axes)
 
 
+def _in_turn(
+    terms: Callable, sums: Sequence[Callable], inputs: tuple, axes: Axes, sweep: _compiler.Sweep
+) -> tuple:
+    """The sums of `terms(*inputs)`, one or two; of `sums` each takes one, the second in `sweep`."""
+    each = inputs, _compiler.apart(inputs, sweep)
+    return tuple(sum_(lambda *v, i=i: terms(*v)[i], each[i], axes) for i, sum_ in enumerate(sums))
+
+
 def _in_rows_or_parts(
-    terms: Callable, inputs: tuple, axes: Axes, *, rows_only: bool = False
+    terms: Callable, count: int, inputs: tuple, axes: Axes, *, rows_only: bool = False
 ) -> Callable | None:
-    """inputs -> the sums of `terms(*inputs)` as suits XLA:CPU; None if that is as they lie."""
+    """inputs -> the `count` sums of `terms(*inputs)` as suits XLA:CPU; None: as they lie."""
     arrays = jax.tree.leaves(inputs)
     shape = np.broadcast_shapes(*(v.shape for v in arrays))
     features_last = tuple(axes) == tuple(range(len(axes)))
     if not axes or not features_last or any(map(_shapes.named, arrays)):
         return None
-    in_rows = _in_rows(terms, arrays, shape, axes)
-    return in_rows if in_rows or rows_only else _in_parts(terms, shape, axes)
+    in_rows = _in_rows(terms, count, arrays, shape, axes)
+    return in_rows if in_rows or rows_only else _in_parts(terms, count, shape, axes)
 
 
-def _in_rows(terms: Callable, arrays: list, shape: tuple[int, ...], axes: Axes) -> Callable | None:
+def _in_rows(
+    terms: Callable, count: int, arrays: list, shape: tuple[int, ...], axes: Axes
+) -> Callable | None:
     """Of few features, in long rows.
 
     XLA:CPU works along the last axis. Where that is short, a sum takes many times as long as memory
@@ -153,13 +155,10 @@ def _in_rows(terms: Callable, arrays: list, shape: tuple[int, ...], axes: Axes) 
         row = jnp.tile(v.reshape(1, -1), k if v.shape == features else 1)
         return lax.optimization_barrier(row)
 
-    in_parts = _in_parts(terms, (n // k, k * width), (0,))
+    in_parts = _in_parts(terms, count, (n // k, k * width), (0,))
 
     def in_turn(*inputs):
-        s, *others = (jnp.sum(v, 0) for v in terms(*inputs))
-        if others:
-            others = [jnp.sum(terms(*_compiler.apart(inputs, _compiler.Sweep.GRAD_SUMS))[1], 0)]
-        return s, *others
+        return _in_turn(terms, [_as_it_lies] * count, inputs, (0,), _compiler.Sweep.GRAD_SUMS)
 
     def summed(*inputs):
         s = (in_parts or in_turn)(*jax.tree.map(rows, inputs))
@@ -169,15 +168,18 @@ def _in_rows(terms: Callable, arrays: list, shape: tuple[int, ...], axes: Axes) 
     return summed
 
 
-def _in_parts(terms: Callable, shape: tuple[int, ...], axes: Axes) -> Callable | None:
+def _in_parts(terms: Callable, count: int, shape: tuple[int, ...], axes: Axes) -> Callable | None:
     """Of a few parts of x at once, and all sums in one sweep.
 
     XLA:CPU has sums from a library, each of one array, which casts, but computes piece by piece: of
     x - shift, or of products, that takes longer than memory does, and a selection is first written
     out, whole. So a loop of XLA's own adds up the parts, entry by entry, and writes out as much as
     one part has; that the library sums. Of two arrays the loop writes one row and then the other,
-    for which it finds in the cache what it has just read.
+    for which it finds in the cache what it has just read. (A loop for one array XLA once took for
+    the library's too, and wrote out each part for it.)
     """
+    if count == 1 and jax.__version_info__ < PARTS_OF_ONE:
+        return None
     most = [max(k for k in range(1, PARTS + 1) if shape[a] % k == 0) for a in axes]
     parts, axis = max(most), most.index(max(most))
     if math.prod(shape) < LARGE or parts < PARTS // 2:
@@ -192,9 +194,9 @@ def _in_parts(terms: Callable, shape: tuple[int, ...], axes: Axes) -> Callable |
     def summed(*inputs):
         some = (terms(*jax.tree.map(partial(part, i=i), inputs)) for i in range(parts))
         added = [jnp.expand_dims(reduce(jnp.add, each), row) for each in zip(*some, strict=True)]
-        which = lax.broadcasted_iota(jnp.int32, (len(added), *shape[row:]), 0)
-        both = added[0] if len(added) == 1 else jnp.where(which == 0, *added)  # [.., 2, features]
+        which = lax.broadcasted_iota(jnp.int32, (count, *shape[row:]), 0)
+        both = added[0] if count == 1 else jnp.where(which == 0, *added)  # [.., 2, features]
         s = jnp.sum(lax.optimization_barrier(both), axes, keepdims=True)
-        return tuple(lax.index_in_dim(s, i, row, keepdims=False) for i in range(len(added)))
+        return tuple(lax.index_in_dim(s, i, row, keepdims=False) for i in range(count))
 
     return summed
