@@ -13,7 +13,7 @@ import jax
 
 from benchmarks.counters import residuals
 from benchmarks.measure import functions, inputs, measured, row
-from benchmarks.peers import FLAX, OURS, PEERS, Peer, loose, why_missing
+from benchmarks.peers import FLAX, OURS, PEERS, Peer, block, loose, why_missing
 from benchmarks.timing import Effort, Program, time_all
 
 FEATURES = 64  # while the elements grow
@@ -52,18 +52,25 @@ def scaling(
 
 
 def overhead(names: list[str], effort: Effort) -> dict[str, Any]:
-    """Seconds to trace, to compile, and to call what does next to no work."""
-    compile_large = f"compile {'x'.join(map(str, LARGE))}"
-    programs: dict[str, dict[str, Program]] = {
-        name: {} for name in ("trace", "compile", compile_large, "eager forward", "eager step",
-                              "jitted forward", "jitted step")
-    }  # fmt: skip
+    """Seconds to trace, to compile, and to call what does next to no work.
+
+    What has relu and residual of its own is compiled beside others that have them around.
+    """
+    large = "x".join(map(str, LARGE))
+    compiled = {  # the shape, and whether with relu and residual
+        "compile": (SMALL, False),
+        "compile block": (SMALL, True),
+        f"compile {large}": (LARGE, False),
+        f"compile block {large}": (LARGE, True),
+    }
+    called = "eager forward", "eager step", "jitted forward", "jitted step"
+    programs: dict[str, dict[str, Program]] = {n: {} for n in ("trace", *compiled, *called)}
     missing = {name: why for name in names if (why := why_missing(name))}
     with loose():
         for name in (n for n in names if n not in missing):
-            fs, args = _step(PEERS[name], SMALL)
+            peer = PEERS[name]
+            fs, args = _step(peer, SMALL, blocks=False)
             x, _, scale, bias, state = args
-            large = _step(PEERS[name], LARGE)
 
             def trace(step=fs["step"], args=args):
                 return _anew(step).trace(*args)
@@ -72,8 +79,10 @@ def overhead(names: list[str], effort: Effort) -> dict[str, Any]:
                 return _anew(fs["step"]).lower(*args).compile()
 
             programs["trace"][name] = Program(trace, wait=bool)
-            programs["compile"][name] = Program(partial(compile_, fs, args), wait=bool)
-            programs[compile_large][name] = Program(partial(compile_, *large), wait=bool)
+            for what, (shape, blocks) in compiled.items():
+                if blocks or not peer.fused:
+                    step = _step(peer, shape, blocks=blocks)
+                    programs[what][name] = Program(partial(compile_, *step), wait=bool)
             for how, wrap in (("eager", lambda f: f), ("jitted", jax.jit)):
                 forward, step = wrap(fs["forward"]), wrap(fs["step"])
                 programs[f"{how} forward"][name] = Program(forward, [(x, scale, bias, state)])
@@ -87,10 +96,11 @@ def overhead(names: list[str], effort: Effort) -> dict[str, Any]:
     return dict(shape=list(SMALL), rows=rows, not_measured=left_out)
 
 
-def _step(peer: Peer, shape: tuple[int, ...]) -> tuple[dict[str, Callable], tuple]:
+def _step(peer: Peer, shape: tuple[int, ...], *, blocks: bool) -> tuple[dict[str, Callable], tuple]:
     """The measures as functions, and the arguments of a step."""
     data = inputs(shape, "float32")
     apply, state = peer.make(data.x)
+    apply = block(peer, apply) if blocks else apply
     return functions(peer, apply), (*data.pairs[0], data.scale, data.bias, state)
 
 

@@ -131,6 +131,17 @@ def _widened_jvp(dtype, primals, tangents):
     return widened(*primals, dtype), tangents[0].astype(dtype)
 
 
+def written(v, x):
+    """v, of few numbers, that are made of x: on CPUs written out, before anything uses them.
+
+    XLA:CPU would make them once more for every entry of x that it takes them to. From a small x it
+    does so in no time, and compiles one loop less.
+    """
+    if isinstance(x.size, int) and x.size < SMALL:
+        return v
+    return on("cpu", lax.optimization_barrier, v, otherwise=_as_it_is)
+
+
 def picked(examples):
     """A few examples of x: on TPUs picked from x as it is stored, not from a cast or copied x."""
     return on("tpu", lax.optimization_barrier, examples, otherwise=_as_it_is)

@@ -1,9 +1,9 @@
 """`on`: one function for programs of one platform, another that computes the same for all others.
 
-If asked for, that is so only where the program stands as it is: not mapped, exported, or spread
-over devices by a compiler. `jax.lax.platform_dependent` knows of platforms alone, and leaves two
-conditionals in the program at each call, for the compiler to remove. Here the choice is a
-primitive, lowered to the chosen function and to nothing else.
+If asked for, that is so only where the program stands as it is: not mapped, transposed, exported,
+or spread over devices by a compiler. `jax.lax.platform_dependent` knows of platforms alone, and
+leaves two conditionals in the program at each call, for the compiler to remove. Here the choice is
+a primitive, lowered to the chosen function and to nothing else.
 
 Knows functions and platforms; what they are good for is the business of `_compiler`.
 """
@@ -29,7 +29,8 @@ def on(platform: str, f: Callable, *args, otherwise: Callable, alone: bool = Fal
     """f(*args) in programs that are lowered for `platform`, otherwise(*args) in all others.
 
     With `alone` only as it stands here: in a program that no compiler spreads over devices, not
-    under vmap, and not in a file that another device of the platform may load (`jax.export`).
+    under vmap nor transposed, and not in a file that another device of the platform may load
+    (`jax.export`).
 
     Where nothing is traced no program is lowered: otherwise(*args). All results depend on all
     arguments, for what JAX knows, so what is linear in some of them should not be mixed with what
@@ -132,7 +133,8 @@ def _transposed(cotangents, *args, platform, alone, here, elsewhere):
 
         return jax.make_jaxpr(run)(*given)
 
-    found = iter(_bind(platform, alone, transposed(here), transposed(elsewhere), given))
+    otherwise = transposed(elsewhere)
+    found = iter(_bind(platform, alone, otherwise if alone else transposed(here), otherwise, given))
     return [next(found) if linear else None for linear in is_linear]
 
 

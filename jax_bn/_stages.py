@@ -117,7 +117,8 @@ def grad_sums(dy, kept: Kept, *, activation=None, axes: Axes):
         return dz, dz * centred(kept)
 
     dz = grad_z(dy, kept, activation, Sweep.GRAD_SUMS)
-    s, along = _sums.sum_both(terms, (dz, kept), axes)
+    needed = Kept(kept.x, kept.mask, count=None, mean=kept.mean, rstd=None)
+    s, along = _sums.sum_both(terms, (dz, needed), axes)
     return s, kept.rstd * along
 
 
@@ -266,7 +267,7 @@ def _shift(x, mask, n, axes: Axes, dtype):
 
     a, b, c = (v.astype(dtype) for v in _compiler.picked([example(0), example(1), example(2)]))
     median = jnp.maximum(jnp.minimum(a, b), jnp.minimum(jnp.maximum(a, b), c))
-    return jnp.expand_dims(median, axes)
+    return _compiler.written(jnp.expand_dims(median, axes), x)
 
 
 def _count(x, mask, axes: Axes, dtype):

@@ -5,7 +5,6 @@ such, with their inputs, since what is in a sum decides how it is best taken.
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial, reduce
 import math
 
 import jax
@@ -20,7 +19,7 @@ from jax_bn._platform import on
 LARGE = 2**16  # numbers: fewer are summed in no more time than another loop takes to start
 NARROW, ROW = 16, 128  # features, and numbers in a row of several examples, see `_in_rows`
 PARTS = 8  # that are added up at once, see `_in_parts`
-PARTS_OF_ONE = (0, 12)  # the JAX from which parts of a single array are not written out, each
+ONE_IN_PARTS = (0, 12)  # the JAX before which parts of a single array take many times as long
 
 
 def sum_over(v, axes: Axes):
@@ -75,8 +74,7 @@ def sums_of(
     """
     v, *_ = inputs
     narrow = v.dtype.itemsize < 4  # then one loop was measured to take longer than two
-    is_complex = any(map(jnp.iscomplexobj, jax.tree.leaves(inputs)))  # and may be one sum is not
-    on_cpus = None if is_complex else _in_rows_or_parts(terms, 2, inputs, axes, rows_only=narrow)
+    on_cpus = _in_rows_or_parts(terms, 2, inputs, axes, rows_only=narrow)
     if on_cpus is None:
         return _in_turn(terms, (_as_it_lies if cast else sum_of, sum_of), inputs, axes, sweep)
 
@@ -173,30 +171,34 @@ def _in_parts(terms: Callable, count: int, shape: tuple[int, ...], axes: Axes) -
 
     XLA:CPU has sums from a library, each of one array, which casts, but computes piece by piece: of
     x - shift, or of products, that takes longer than memory does, and a selection is first written
-    out, whole. So a loop of XLA's own adds up the parts, entry by entry, and writes out as much as
-    one part has; that the library sums. Of two arrays the loop writes one row and then the other,
-    for which it finds in the cache what it has just read. (A loop for one array XLA once took for
-    the library's too, and wrote out each part for it.)
+    out, whole. So a loop of XLA's own adds up the parts, entry by entry, as one reduction of all
+    arrays that are summed; it writes out as much as one part has, and that the library sums.
     """
-    if count == 1 and jax.__version_info__ < PARTS_OF_ONE:
+    if count == 1 and jax.__version_info__ < ONE_IN_PARTS:
         return None
-    most = [max(k for k in range(1, PARTS + 1) if shape[a] % k == 0) for a in axes]
-    parts, axis = max(most), most.index(max(most))
+    n, features = _shapes.size(shape, axes), shape[len(axes) :]
+    parts = max(k for k in range(1, PARTS + 1) if n % k == 0)
     if math.prod(shape) < LARGE or parts < PARTS // 2:
         return None
-    size, row = shape[axis] // parts, len(axes)
 
-    def part(v, i):
-        if v.ndim == 0 or v.shape[axis] == 1:
+    def split(v):
+        if v.ndim == 0:
             return v
-        return lax.slice_in_dim(v, i * size, (i + 1) * size, axis=axis)
+        examples, *others = math.prod(v.shape[: len(axes)]), *v.shape[len(axes) :]
+        if examples == 1:
+            return v.reshape(1, 1, *others)
+        v = jnp.broadcast_to(v, (*shape[: len(axes)], *others))  # it may be a mask
+        return v.reshape(parts, n // parts, *others)
+
+    def add(s, t):
+        added = tuple(map(jnp.add, s, t))
+        # A plain sum of one array the library would take, in parts or not.
+        return lax.optimization_barrier(added) if count == 1 else added
 
     def summed(*inputs):
-        some = (terms(*jax.tree.map(partial(part, i=i), inputs)) for i in range(parts))
-        added = [jnp.expand_dims(reduce(jnp.add, each), row) for each in zip(*some, strict=True)]
-        which = lax.broadcasted_iota(jnp.int32, (count, *shape[row:]), 0)
-        both = added[0] if count == 1 else jnp.where(which == 0, *added)  # [.., 2, features]
-        s = jnp.sum(lax.optimization_barrier(both), axes, keepdims=True)
-        return tuple(lax.index_in_dim(s, i, row, keepdims=False) for i in range(count))
+        each = terms(*jax.tree.map(split, inputs))
+        added = lax.reduce(each, tuple(jnp.zeros((), v.dtype) for v in each), add, (0,))
+        each = lax.optimization_barrier(added)  # [N/parts, C]
+        return tuple(jnp.sum(v, 0).reshape((1,) * len(axes) + features) for v in each)
 
     return summed
