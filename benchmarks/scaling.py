@@ -81,8 +81,8 @@ def overhead(names: list[str], effort: Effort) -> dict[str, Any]:
             programs["trace"][name] = Program(trace, wait=bool)
             for what, (shape, blocks) in compiled.items():
                 if blocks or not peer.fused:
-                    step = _step(peer, shape, blocks=blocks)
-                    programs[what][name] = Program(partial(compile_, *step), wait=bool)
+                    case = _step(peer, shape, blocks=blocks)
+                    programs[what][name] = Program(partial(compile_, *case), wait=bool)
             for how, wrap in (("eager", lambda f: f), ("jitted", jax.jit)):
                 forward, step = wrap(fs["forward"]), wrap(fs["step"])
                 programs[f"{how} forward"][name] = Program(forward, [(x, scale, bias, state)])

@@ -66,8 +66,8 @@ CODE = (
 PAGES = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
-    "benchmarks/results/2026-11-22-1627-cpu.md": "results/2026-11-22-1627-cpu.md",
     "benchmarks/results/2026-11-27-0943-cpu.md": "results/2026-11-27-0943-cpu.md",
+    "benchmarks/results/2026-11-27-1348-cpu.md": "results/2026-11-27-1348-cpu.md",
     "benchmarks/results/2026-11-26-1428-cpu-stress.md": "results/2026-11-26-1428-cpu-stress.md",
     "benchmarks/results/2026-11-26-1651-h200-quick.md": "results/2026-11-26-1651-h200-quick.md",
     "benchmarks/results/2026-11-26-2354-h200.md": "results/2026-11-26-2354-h200.md",

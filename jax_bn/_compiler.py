@@ -52,10 +52,7 @@ def apart(v, sweep: Sweep):
             v = lax.optimization_barrier(v)
         return v
 
-    told = partial(on, "cpu", behind, otherwise=_as_it_is)
-    if all(isinstance(leaf.size, int) and leaf.size < SMALL for leaf in jax.tree.leaves(v)):
-        told = partial(on, "cpu", _as_it_is, otherwise=told, alone=True)
-    return jax.tree.map(told, v)
+    return jax.tree.map(partial(_on_cpus, behind, unless_small=v), v)
 
 
 def once(f: Callable, dy, kept, sweep: Sweep, *, written: bool):
@@ -131,20 +128,26 @@ def _widened_jvp(dtype, primals, tangents):
     return widened(*primals, dtype), tangents[0].astype(dtype)
 
 
-def written(v, x):
-    """v, of few numbers, that are made of x: on CPUs written out, before anything uses them.
+def written_out(v, x):
+    """v, a few numbers made of x: on CPUs written out before use.
 
-    XLA:CPU would make them once more for every entry of x that it takes them to. From a small x it
-    does so in no time, and compiles one loop less.
+    XLA:CPU would else make them again for every entry of x that they are used with.
     """
-    if isinstance(x.size, int) and x.size < SMALL:
-        return v
-    return on("cpu", lax.optimization_barrier, v, otherwise=_as_it_is)
+    return _on_cpus(lax.optimization_barrier, v, unless_small=x)
 
 
 def picked(examples):
     """A few examples of x: on TPUs picked from x as it is stored, not from a cast or copied x."""
     return on("tpu", lax.optimization_barrier, examples, otherwise=_as_it_is)
+
+
+def _on_cpus(f: Callable, v, *, unless_small):
+    """f(v), which is v, on CPUs; in a small program, that stands as it is, nowhere."""
+    told = partial(on, "cpu", f, otherwise=_as_it_is)
+    leaves = jax.tree.leaves(unless_small)
+    if all(isinstance(leaf.size, int) and leaf.size < SMALL for leaf in leaves):
+        return on("cpu", _as_it_is, v, otherwise=told, alone=True)
+    return told(v)
 
 
 def _as_it_is(v):

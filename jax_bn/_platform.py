@@ -133,7 +133,7 @@ def _transposed(cotangents, *args, platform, alone, here, elsewhere):
 
         return jax.make_jaxpr(run)(*given)
 
-    otherwise = transposed(elsewhere)
+    otherwise = transposed(elsewhere)  # of `here` JAX may know no transpose: a general reduction
     found = iter(_bind(platform, alone, otherwise if alone else transposed(here), otherwise, given))
     return [next(found) if linear else None for linear in is_linear]
 

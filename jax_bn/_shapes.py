@@ -4,7 +4,8 @@ Knows shapes and nothing else; the arithmetic is in `_stages`, the rule in `_vjp
 
 Inside the package a per-feature array keeps x's rank, with 1 in every reduced axis: for x of shape
 (N, H, W, C) and axis=-1 it is (1, 1, 1, C). Then the code reads like the formulas, at every rank,
-and x itself is never reshaped or transposed, which would move data between devices.
+and x itself is never reshaped or transposed, which would move data between devices, but in a
+program for one (`_sums`).
 """
 
 from collections.abc import Sequence

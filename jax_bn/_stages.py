@@ -117,7 +117,8 @@ def grad_sums(dy, kept: Kept, *, activation=None, axes: Axes):
         return dz, dz * centred(kept)
 
     dz = grad_z(dy, kept, activation, Sweep.GRAD_SUMS)
-    needed = Kept(kept.x, kept.mask, count=None, mean=kept.mean, rstd=None)
+    # Each input of a sum is looked at, and split, on its own.
+    needed = Kept(x=kept.x, mask=kept.mask, count=None, mean=kept.mean, rstd=None)
     s, along = _sums.sum_both(terms, (dz, needed), axes)
     return s, kept.rstd * along
 
@@ -267,7 +268,7 @@ def _shift(x, mask, n, axes: Axes, dtype):
 
     a, b, c = (v.astype(dtype) for v in _compiler.picked([example(0), example(1), example(2)]))
     median = jnp.maximum(jnp.minimum(a, b), jnp.minimum(jnp.maximum(a, b), c))
-    return _compiler.written(jnp.expand_dims(median, axes), x)
+    return _compiler.written_out(jnp.expand_dims(median, axes), x)
 
 
 def _count(x, mask, axes: Axes, dtype):

@@ -19,7 +19,7 @@ from jax_bn._platform import on
 LARGE = 2**16  # numbers: fewer are summed in no more time than another loop takes to start
 NARROW, ROW = 16, 128  # features, and numbers in a row of several examples, see `_in_rows`
 PARTS = 8  # that are added up at once, see `_in_parts`
-ONE_IN_PARTS = (0, 12)  # the JAX before which parts of a single array take many times as long
+ONE_IN_PARTS = (0, 12)  # the JAX before which a single array takes many times as long in parts
 
 
 def sum_over(v, axes: Axes):
@@ -182,23 +182,27 @@ def _in_parts(terms: Callable, count: int, shape: tuple[int, ...], axes: Axes) -
         return None
 
     def split(v):
-        if v.ndim == 0:
-            return v
         examples, *others = math.prod(v.shape[: len(axes)]), *v.shape[len(axes) :]
         if examples == 1:
             return v.reshape(1, 1, *others)
         v = jnp.broadcast_to(v, (*shape[: len(axes)], *others))  # it may be a mask
         return v.reshape(parts, n // parts, *others)
 
-    def add(s, t):
-        added = tuple(map(jnp.add, s, t))
-        # A plain sum of one array the library would take, in parts or not.
-        return lax.optimization_barrier(added) if count == 1 else added
+    add = _add_alone if count == 1 else _add
 
     def summed(*inputs):
         each = terms(*jax.tree.map(split, inputs))
         added = lax.reduce(each, tuple(jnp.zeros((), v.dtype) for v in each), add, (0,))
-        each = lax.optimization_barrier(added)  # [N/parts, C]
-        return tuple(jnp.sum(v, 0).reshape((1,) * len(axes) + features) for v in each)
+        added = lax.optimization_barrier(added)  # [N/parts, C], or both reductions would be one
+        return tuple(jnp.sum(v, 0).reshape((1,) * len(axes) + features) for v in added)
 
     return summed
+
+
+def _add(sums: tuple, terms: tuple) -> tuple:
+    return tuple(map(jnp.add, sums, terms))
+
+
+def _add_alone(sums: tuple, terms: tuple) -> tuple:
+    """In words of its own: a plain sum of one array XLA:CPU would give to the library."""
+    return lax.optimization_barrier(_add(sums, terms))

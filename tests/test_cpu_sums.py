@@ -81,21 +81,25 @@ def in_parts(text):
         ((6, 56, 8, 32), 6 * 56),
         ((2, 3, 401, 33), 401),  # a divisor of no axis
         ((1, 1, 5 * 401, 33), 401),
+        ((4 * 521, 33), 521),
     ],
 )
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("masked", [None, "whole", "examples", "features"])
+@pytest.mark.parametrize("masked", [None, "whole", "examples", "some", "features"])
 @pytest.mark.parametrize("f", [along, both])
 def test_what_has_to_be_computed_is_summed_in_parts(f, shape, part, dtype, masked, random):
     x, dy, mean = args = arguments(shape, dtype, random)
     mask = None
     if masked:
-        of = dict(whole=shape, examples=(*shape[:-1], 1), features=mean.shape)[masked]
+        some = (shape[0], *(1,) * (len(shape) - 1))
+        of = dict(whole=shape, examples=(*shape[:-1], 1), some=some, features=mean.shape)[masked]
         mask = jnp.asarray(random.random(of) < 0.7)
     at_once = f is both and dtype == "float32"
     expected = [(part, shape[-1])] * (2 if f is both else 1) if at_once or OF_ONE else []
     traced = jax.jit(f).trace(*args, mask)
-    assert [s for s in written(traced.lower().as_text()) if s == (part, shape[-1])] == expected
+    text = traced.lower().as_text()
+    assert [s for s in written(text) if s == (part, shape[-1])] == expected
+    assert in_parts(text) == bool(expected)
     for platform in ("tpu", "cuda"):
         assert not in_parts(traced.lower(lowering_platforms=(platform,)).as_text())
     x, dy, mean = (np.asarray(v, "float64") for v in args)
@@ -160,7 +164,7 @@ def test_in_programs_that_may_run_elsewhere_sums_are_as_they_lie(random):
 def test_only_a_part_is_written(dtype, masked, random):
     """Of a program with no result as large as x. A selection would be written whole."""
     if not OF_ONE and (masked or dtype != "float32"):
-        pytest.skip("before this JAX, one array is not summed in parts")
+        pytest.skip("before JAX 0.12 one array is not summed in parts")
     x = jnp.asarray(random.normal(size=(16 * N, C)), dtype)
     mask = jnp.asarray(random.random((16 * N, 1)) < 0.7) if masked else None
     moments = partial(_stages.moments, axes=(0,), dtype=FLOAT32)
@@ -228,6 +232,50 @@ def test_x_and_dy_of_two_dtypes(of_x, of_y, x, random):
         exact = gradient(reference.batch_norm, *(np.asarray(v, "float64") for v in (x, dy)))
     eps = float(jnp.finfo(of_x).eps)
     np.testing.assert_allclose(np.asarray(found, "float64"), exact, rtol=eps, atol=1e-5)
+
+
+def test_gradients_of_complex_x(x, random):
+    """Two sums of complex numbers in one sweep, and one of complex and one of real ones."""
+    x = x + 1j * random.normal(size=x.shape).astype("float32") + 5
+    cotangent = random.normal(size=x.shape) - 1j * random.normal(size=x.shape)
+
+    def gradient(f, dtype):
+        def loss(x):
+            y, *rest = jax.tree.leaves(f(x))
+            return jnp.sum(jnp.real(y * cotangent.astype(dtype))) + jnp.sum(rest[1])
+
+        return jax.jit(jax.value_and_grad(loss))(x.astype(dtype))
+
+    found = gradient(batch_norm, "complex64")
+    with jax.enable_x64(True):
+        expected = jax.tree.map(np.asarray, gradient(reference.batch_norm, "complex128"))
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * np.abs(b).max())
+
+
+def test_under_an_explicit_mesh_of_one_device(x):
+    def step(x):
+        return jax.value_and_grad(lambda x: jnp.sum(jnp.sin(batch_norm(x)[0])))(x)
+
+    expected = jax.jit(step)(x)
+    with jax.set_mesh(jax.make_mesh((1,), ("d",), (jax.sharding.AxisType.Explicit,))):
+        found = jax.jit(step)(x)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_the_shift_is_written_out_once(x):
+    """Or else XLA makes it again for every entry of x."""
+
+    def shifts(x, **lowering):
+        f = jax.jit(partial(_stages.moments, mask=None, axes=(0,), dtype=FLOAT32))
+        return written(f.trace(x).lower(**lowering).as_text()).count((1, C))
+
+    assert shifts(x) == 1
+    assert shifts(x, lowering_platforms=("cuda",)) == 0
+    assert shifts(x[:64]) == 0
+    mapped = jax.vmap(partial(_stages.moments, mask=None, axes=(0,), dtype=FLOAT32))
+    text = jax.jit(mapped).lower(x.reshape(-1, 64, C)).as_text()
+    assert (N // 64, 1, C) in written(text)
 
 
 def test_under_scan_and_remat(x):
@@ -352,7 +400,7 @@ def test_wherever_the_features_and_the_masks_lie(shape, axis, mask, dtype, rando
 @pytest.mark.parametrize("features", [1, 3])
 @pytest.mark.parametrize("activation", [None, jax.nn.relu, jnp.tanh])
 def test_gradients_of_few_features(activation, features, random):
-    """With all that is kept in the inputs of the sums: the residual, and y."""
+    """Whatever else is kept: the residual, and y."""
     shape = 6, 32, 32, features
     x, residual, dy = (jnp.asarray(random.normal(size=shape), "float32") for _ in range(3))
     scale, bias = (jnp.asarray(random.normal(size=features), "float32") for _ in range(2))

@@ -49,6 +49,22 @@ def test_mapped():
     assert np.all(jax.jit(jax.vmap(chosen))(X) == 0)
 
 
+def test_transposed():
+    """Of what JAX knows no transpose of, too."""
+
+    def doubled(v):
+        return jax.lax.reduce((v, v), (0.0, 0.0), lambda s, t: (s[0] + t[0], s[1] + t[1]), (0,))
+
+    def f(v):
+        def otherwise(v):
+            return (jnp.sum(v, 0),) * 2
+
+        return on("cpu", doubled, v, otherwise=otherwise, alone=True)
+
+    (ct,) = jax.jit(lambda s: jax.linear_transpose(f, X)((s, 2 * s)))(jnp.ones(4))
+    assert np.all(ct == 3)
+
+
 def test_exported():
     exported = jax.export.export(jax.jit(chosen), platforms=["cpu"])(X)
     assert np.all(exported.call(X) == 0)
