@@ -32,9 +32,8 @@ class Sweep(IntEnum):
     GRAD_SUMS = 1
     GRAD_INPUT = 2
     GRAD_Z = 3
-    M2 = 4
-    NORMALIZE = 5
-    SHIFT = 6
+    NORMALIZE = 4
+    M2 = 5
 
 
 def apart(v, sweep: Sweep):

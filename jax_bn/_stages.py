@@ -91,7 +91,7 @@ def moments(x, mask, *, axes: Axes, dtype):
 
     s, squares = _sums.sums_of(terms, (x, shift, mask), axes, Sweep.M2)
     m2 = squares - _abs2(s / jnp.sqrt(n).astype(dtype))
-    return count, shift, s / n.astype(dtype), jnp.where(m2 < 0, 0, m2)
+    return count, shift, s / n.astype(dtype), jnp.maximum(m2, 0)
 
 
 @_jit("activation", "dtype")
@@ -257,7 +257,7 @@ def _shift(x, mask, n, axes: Axes, dtype):
     if not axes:
         return x.astype(dtype)
     batch, *_ = axes
-    x = _compiler.apart(x, Sweep.SHIFT)
+    x = _compiler.apart(x, Sweep.NORMALIZE)  # not with a sum; with what else, does not matter
 
     def example(i):  # the i-th along the batch axis, in the middle of the other reduced ones
         start = [size // 2 if a in axes else 0 for a, size in enumerate(x.shape)]
