@@ -101,12 +101,23 @@ def _lowered(ctx, *args, platform, alone, here, elsewhere, lowered_for=None):
     return results
 
 
-def _batched(args, dims, *, platform, alone, here, elsewhere):
+def _changed(change: Callable, args, *, platform, alone, here, elsewhere) -> list:
+    """Both functions as `change` makes them, of `args`; of those `alone` but the one elsewhere.
+
+    The other one no longer stands as it did, and JAX may be unable to change it: a general
+    reduction has no transpose.
+    """
+    otherwise = change(elsewhere)
+    if alone:
+        return _as_function(otherwise)(*args)
+    return _bind(platform, alone, change(here), otherwise, args)
+
+
+def _batched(args, dims, **params):
     def mapped(jaxpr):
         return jax.make_jaxpr(jax.vmap(_as_function(jaxpr), in_axes=tuple(dims)))(*args)
 
-    otherwise = mapped(elsewhere)
-    results = _bind(platform, alone, otherwise if alone else mapped(here), otherwise, args)
+    results = _changed(mapped, args, **params)
     return results, [0] * len(results)
 
 
@@ -117,7 +128,7 @@ def _jvp(primals, tangents, **params):
     return _on.bind(*primals, **params), along
 
 
-def _transposed(cotangents, *args, platform, alone, here, elsewhere):
+def _transposed(cotangents, *args, **params):
     is_linear = [ad.is_undefined_primal(v) for v in args]
     known = [v for v, linear in zip(args, is_linear, strict=True) if not linear]
     avals = [v.aval for v, linear in zip(args, is_linear, strict=True) if linear]
@@ -133,8 +144,7 @@ def _transposed(cotangents, *args, platform, alone, here, elsewhere):
 
         return jax.make_jaxpr(run)(*given)
 
-    otherwise = transposed(elsewhere)  # of `here` JAX may know no transpose: a general reduction
-    found = iter(_bind(platform, alone, otherwise if alone else transposed(here), otherwise, given))
+    found = iter(_changed(transposed, given, **params))
     return [next(found) if linear else None for linear in is_linear]
 
 
